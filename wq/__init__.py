@@ -1,0 +1,48 @@
+"""wq: 4-bit weights for Hugging Face transformers.
+
+    from wq import WqConfig
+    AutoModelForCausalLM.from_pretrained(repo, quantization_config=WqConfig())
+
+Names are imported when first used: `import wq` costs nothing and touches no accelerator.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_EXPORTS = {
+    "Scheme": "wq.scheme",
+    "WqConfig": "wq.hf",
+    "WqError": "wq.errors",
+    "WqLinear": "wq.layers",
+    "evaluate": "wq.evaluate",
+    "load": "wq.hf",
+    "push": "wq.hub",
+    "quantize": "wq.pipeline.quantizer",
+}
+
+__all__ = [*sorted(_EXPORTS), "__version__"]  # noqa: PLE0604
+
+if TYPE_CHECKING:
+    from wq.errors import WqError
+    from wq.evaluate import evaluate
+    from wq.hf import WqConfig, load
+    from wq.hub import push
+    from wq.layers import WqLinear
+    from wq.pipeline.quantizer import quantize
+    from wq.scheme import Scheme
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module 'wq' has no attribute {name!r}; it has {', '.join(__all__)}")
+    value = getattr(import_module(_EXPORTS[name]), name)
+    globals()[name] = value  # importing the submodule bound it here under its own name; the function takes its place
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,45 @@
+"""Everything wq refuses, one class a cause.
+
+A message says what is wrong, where, the measured value, and what to do about it. Nothing but a `WqError` should reach
+a user who gave bad input; the command line turns one into a single line and exit code 1.
+"""
+
+
+class WqError(Exception):
+    """Base of every error that wq raises on purpose."""
+
+
+class SchemeError(WqError, ValueError):
+    """A number of bits, group size or dtype that no scheme has."""
+
+
+class GroupSizeError(SchemeError):
+    """A group size that does not divide a layer's `in_features`."""
+
+
+class UnknownNameError(WqError, ValueError):
+    """A method, format or backend that no registry knows."""
+
+
+class FormatError(WqError, ValueError):
+    """A checkpoint format that cannot hold the scheme or the tensors it is asked to hold."""
+
+
+class ModelError(WqError):
+    """A source that is no model, or a model whose structure wq cannot quantize."""
+
+
+class CalibrationError(WqError):
+    """Calibration text that cannot be reached, is empty, or does not fit the model."""
+
+
+class OutputError(WqError):
+    """An output folder that would overwrite something or cannot be written."""
+
+
+class CheckpointError(WqError):
+    """A quantized checkpoint whose tensors and config do not agree."""
+
+
+class HubError(WqError):
+    """An upload that the Hub refused or could not be reached for."""

@@ -1,0 +1,41 @@
+"""How integers become a checkpoint. One format a file; a new one adds its file and one line to `FORMATS`.
+
+A format is a module with
+
+    QUANT_METHOD: str                               what `quantization_config["quant_method"]` says
+    def check(scheme, shape, name) -> None          raise FormatError if it cannot hold this layer
+    def pack(solution, scheme) -> dict              tensors by local name (`weight_packed`, ...)
+    def unpack(tensors, scheme, shape) -> Solution  the inverse: `unpack(pack(s), ...) == s`, bit for bit
+    def config(scheme, dense) -> dict               the `quantization_config` of config.json; `dense` lists the modules
+                                                    (on-disk names) that stay as they were
+
+Pure functions of tensors. `pack` never changes its input and works on meta tensors, which is how the pipeline knows
+every shape of a checkpoint before it computes one number.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.metadata import entry_points
+from types import ModuleType
+
+from wq.errors import UnknownNameError
+
+FORMATS: dict[str, str] = {
+    "compressed-tensors": "wq.formats.compressed_tensors",
+    "gptq": "wq.formats.gptq",
+    "awq": "wq.formats.awq",
+}
+
+
+def get(name: str) -> ModuleType:
+    """The format called `name`: built in, or offered by another package as an entry point in group `wq.formats`.
+
+    Raises UnknownNameError, listing what there is.
+    """
+    offered = {point.name: point for point in entry_points(group="wq.formats")}
+    if name in FORMATS:
+        return import_module(FORMATS[name])
+    if name in offered:
+        return offered[name].load()
+    raise UnknownNameError(f"format {name!r} is unknown; wq writes {', '.join(sorted({*FORMATS, *offered}))}.")

@@ -1,0 +1,143 @@
+"""Text to learn activations from: where it comes from, and how it becomes windows of tokens.
+
+Documents are shuffled by the seed, tokenized, joined by the end-of-text token and cut into windows of equal length:
+no padding, which would teach the statistics about padding.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from wq.errors import CalibrationError
+
+BUILTIN = "builtin"
+_FILES = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+_TEXT_COLUMNS = ("text", "content", "document", "prompt")
+_CHAT_COLUMNS = ("messages", "conversations")
+_NAMED: dict[str, dict[str, Any]] = {
+    "c4": {"path": "allenai/c4", "data_files": {"train": "en/c4-train.00000-of-01024.json.gz"}, "split": "train"},
+    "wikitext": {"path": "Salesforce/wikitext", "name": "wikitext-2-raw-v1", "split": "train"},
+}
+_ALTERNATIVES = "Use --calibration builtin, which needs no network, or a local .txt, .jsonl or .parquet file."
+_MAX_DOCUMENTS = 20_000  # enough to shuffle; a web-scale set is streamed, not fetched
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Windows of tokens, int64 `[samples, seqlen]`, with what is needed to name them again."""
+
+    tokens: Tensor
+    source: str
+    seed: int
+    fingerprint: str
+
+    def describe(self) -> dict[str, Any]:
+        """A JSON-ready record for the report."""
+        samples, seqlen = self.tokens.shape
+        return {
+            "source": self.source,
+            "samples": samples,
+            "seqlen": seqlen,
+            "seed": self.seed,
+            "sha256": self.fingerprint,
+        }
+
+
+def load(
+    source: str | Iterable[str], tokenizer: Any, samples: int = 128, seqlen: int = 512, seed: int = 0
+) -> Calibration:
+    """Tokens from `builtin`, `c4`, `wikitext`, a dataset id, a local .txt/.jsonl/.parquet, or an iterable of texts.
+
+    Fewer samples than asked for are returned when the text ends before. Raises CalibrationError when it cannot be
+    reached, holds no text, or is shorter than one window.
+    """
+    if samples < 1 or seqlen < 1:
+        raise CalibrationError(f"{samples} samples of {seqlen} tokens: both must be at least 1.")
+    label, documents = _documents(source, tokenizer)
+    texts = list(islice(documents, _MAX_DOCUMENTS))
+    if not any(text.strip() for text in texts):
+        raise CalibrationError(f"calibration text {label} is empty. {_ALTERNATIVES}")
+    random.Random(seed).shuffle(texts)
+    tokens = _windows(texts, tokenizer, samples, seqlen)
+    if not len(tokens):
+        raise CalibrationError(
+            f"calibration text {label} gives {tokens.shape[1]} tokens, fewer than one window of {seqlen}. "
+            "Use a smaller --seqlen or more text."
+        )
+    digest = hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
+    return Calibration(tokens, label, seed, digest)
+
+
+def _windows(texts: list[str], tokenizer: Any, samples: int, seqlen: int) -> Tensor:
+    """Pack `texts` into at most `samples` windows; an empty `[0, tokens found]` if they do not fill one."""
+    separator = tokenizer.eos_token_id
+    stream: list[int] = []
+    for text in texts:
+        stream.extend(tokenizer(text, add_special_tokens=False)["input_ids"])
+        if separator is not None:
+            stream.append(separator)
+        if len(stream) >= samples * seqlen:
+            break
+    count = min(samples, len(stream) // seqlen)
+    if not count:
+        return torch.empty(0, len(stream), dtype=torch.int64)
+    return torch.tensor(stream[: count * seqlen]).reshape(count, seqlen)
+
+
+def _documents(source: str | Iterable[str], tokenizer: Any) -> tuple[str, Iterator[str]]:
+    if not isinstance(source, str):
+        return "texts", iter([str(text) for text in source])
+    if source == BUILTIN:
+        return source, _builtin()
+    path = Path(source).expanduser()
+    if path.suffix in _FILES:
+        if not path.is_file():
+            raise CalibrationError(f"calibration file {source} does not exist. {_ALTERNATIVES}")
+        if not path.stat().st_size:
+            raise CalibrationError(f"calibration file {source} is empty (0 bytes). {_ALTERNATIVES}")
+        request = {"path": _FILES[path.suffix], "data_files": str(path), "split": "train"}
+        return path.name, _rows(source, request, tokenizer)
+    return source, _rows(source, _NAMED.get(source, {"path": source, "split": "train"}), tokenizer)
+
+
+def _builtin() -> Iterator[str]:
+    """Python's own language reference: half a million characters of English that every Python carries."""
+    from pydoc_data.topics import topics
+
+    return (topics[name] for name in sorted(topics))
+
+
+def _rows(source: str, request: dict[str, Any], tokenizer: Any) -> Iterator[str]:
+    """Texts of a dataset, streamed; whatever goes wrong on the way to it becomes one CalibrationError."""
+    import datasets
+
+    try:
+        for row in datasets.load_dataset(**request, streaming=True):
+            yield _text(row, source, tokenizer)
+    except CalibrationError:
+        raise
+    except Exception as error:  # datasets, fsspec, httpx and pyarrow each raise their own
+        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        raise CalibrationError(f"calibration set {source} could not be read ({reason}). {_ALTERNATIVES}") from error
+
+
+def _text(row: dict[str, Any], source: str, tokenizer: Any) -> str:
+    for column in _TEXT_COLUMNS:
+        if isinstance(row.get(column), str):
+            return row[column]
+    for column in _CHAT_COLUMNS:
+        if isinstance(row.get(column), list) and tokenizer.chat_template:
+            return tokenizer.apply_chat_template(row[column], tokenize=False)
+    raise CalibrationError(
+        f"calibration set {source} has columns {', '.join(row)}, none of them text. "
+        f"Name one {' or '.join(map(repr, _TEXT_COLUMNS[:2]))}, or use {' or '.join(map(repr, _CHAT_COLUMNS))}."
+    )

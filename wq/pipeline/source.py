@@ -1,0 +1,281 @@
+"""A dense model opened for reading: its structure on the meta device, its tensors on disk until they are asked for.
+
+One of the few files that import transformers. Names on disk and names in the model differ for some architectures;
+transformers knows how, so its own renaming and loading is used, one block's tensors at a time.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from contextlib import ExitStack
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    convert_and_load_state_dict_in_model,
+    rename_source_key,
+)
+from transformers.modeling_utils import LoadStateDictConfig
+from transformers.utils import logging as transformers_logging
+
+from wq.checkpoint import Entry, read_headers
+from wq.errors import CheckpointError, ModelError
+
+# Weights and code are listed by what is wanted: nothing that runs is ever fetched.
+_HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken"]
+_COPIED = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
+_NOT_COPIED = {"config.json", "model.safetensors.index.json"}
+
+
+class Source:
+    """A model to quantize.
+
+    name: what the user called it. folder: where its safetensors lie. config: its transformers config.
+    model: the `PreTrainedModel`, parameters on meta. entries: tensors on disk by name.
+    """
+
+    def __init__(self, name: str, folder: Path, cleanup: ExitStack, trust_remote_code: bool = False):
+        self.name, self.folder, self._cleanup = name, folder, cleanup
+        self._remote_code = trust_remote_code
+        self.entries: dict[str, Entry] = read_headers(folder)
+        self.config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        quantized = getattr(self.config, "quantization_config", None)
+        if quantized is not None:
+            method = quantized.get("quant_method") if isinstance(quantized, dict) else type(quantized).__name__
+            raise ModelError(f"{name} is already quantized ({method}). Give the dense model it was made from.")
+        self.model = _build(self.config, name, trust_remote_code)
+        self._conversions = get_model_conversion_mapping(self.model)
+        self.tensors = self._map_tensors()
+
+    def close(self) -> None:
+        """Remove what had to be unpacked to read this model."""
+        self._cleanup.close()
+
+    def __enter__(self) -> Source:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype the model was published in."""
+        declared = getattr(self.config, "dtype", None)
+        if isinstance(declared, torch.dtype):
+            return declared
+        floats = [entry for entry in self.entries.values() if entry.dtype.is_floating_point]
+        return max(floats, key=lambda entry: entry.bytes).dtype
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The model's tokenizer."""
+        try:
+            return AutoTokenizer.from_pretrained(self.folder, trust_remote_code=self._remote_code)
+        except (OSError, ValueError) as error:
+            raise ModelError(f"{self.name}: no tokenizer could be loaded ({_first_line(error)}).") from error
+
+    def _map_tensors(self) -> dict[str, tuple[str, bool]]:
+        """For each tensor on disk, the parameter it becomes and whether it is that parameter, only renamed."""
+        renamings = [c for c in self._conversions if isinstance(c, WeightRenaming)]
+        converters = [c for c in self._conversions if isinstance(c, WeightConverter)]
+        known = self.model.state_dict()
+        prefix = self.model.base_model_prefix
+        mapped = {}
+        for name in self.entries:
+            renamed, pattern = rename_source_key(name, renamings, converters, prefix, known)
+            if renamed not in known and name in known:
+                renamed, pattern = name, None
+            mapped[name] = (renamed, pattern is None)
+        missing = set(known) - {renamed for renamed, _ in mapped.values()} - set(self.model.all_tied_weights_keys)
+        absent = sorted(name for name in missing if not any(_converts_to(c, name) for c in converters))
+        if absent:
+            raise CheckpointError(
+                f"{self.name}: {len(absent)} tensors of the model are not in its files: {', '.join(absent[:3])}"
+                f"{', ...' if len(absent) > 3 else ''}. The checkpoint is not complete, or is not of this architecture."
+            )
+        return mapped
+
+    def on_disk(self, parameter: str) -> str | None:
+        """The name on disk of a parameter stored as it is; None if it is assembled from several tensors or shared."""
+        return self._by_parameter.get(parameter)
+
+    @cached_property
+    def _by_parameter(self) -> dict[str, str]:
+        return {renamed: name for name, (renamed, plain) in self.tensors.items() if plain}
+
+    def load(self, prefixes: tuple[str, ...], device: torch.device, dtype: torch.dtype) -> None:
+        """Read the parameters under `prefixes` (module names) onto `device`, floating ones as `dtype`."""
+        wanted = [name for name, (renamed, _) in self.tensors.items() if _under(renamed, prefixes)]
+        by_file: dict[Path, list[str]] = {}
+        for name in wanted:
+            by_file.setdefault(self.entries[name].file, []).append(name)
+        _set_meta_dtype(self.model, prefixes, dtype)
+        with ExitStack() as files:
+            slices = {}
+            for file, names in by_file.items():
+                handle = files.enter_context(safe_open(file, framework="pt"))
+                slices.update({name: handle.get_slice(name) for name in names})
+            loading = LoadStateDictConfig(
+                device_map={"": device},
+                dtype=dtype,
+                dtype_plan=self.model._get_dtype_plan(dtype),
+                weight_mapping=get_model_conversion_mapping(self.model),
+            )
+            info, _ = convert_and_load_state_dict_in_model(self.model, slices, loading, None)
+        problems = [*info.mismatched_keys, *info.conversion_errors, *info.unexpected_keys]
+        if problems:
+            raise CheckpointError(f"{self.name}: could not load {problems[0]} ({len(problems)} such tensors).")
+
+    def unload(self, module: nn.Module) -> None:
+        """Put a module's parameters back on meta, freeing their memory; buffers computed at start-up stay."""
+        for child in module.modules():
+            for name, parameter in child._parameters.items():
+                if parameter is not None:
+                    child._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+
+    def save_companions(self, folder: Path) -> None:
+        """Copy tokenizer, chat template, generation config and the like into `folder`."""
+        for pattern in _COPIED:
+            for file in sorted(self.folder.glob(pattern)):
+                if file.name not in _NOT_COPIED and not file.name.endswith(".index.json"):
+                    shutil.copyfile(file, folder / file.name)
+
+
+def open_source(
+    model: str | os.PathLike[str], revision: str | None = None, trust_remote_code: bool = False
+) -> Source:
+    """Open a repo id, a local folder or a GGUF file. Raises ModelError for anything that is not a dense model."""
+    _quiet()
+    cleanup = ExitStack()
+    try:
+        folder = _resolve(os.fspath(model), revision, cleanup)
+        return Source(os.fspath(model), folder, cleanup, trust_remote_code)
+    except BaseException:
+        cleanup.close()
+        raise
+
+
+def _quiet() -> None:
+    """wq shows its own progress; a bar for each block read would bury it."""
+    transformers_logging.disable_progress_bar()
+
+
+def _resolve(name: str, revision: str | None, cleanup: ExitStack) -> Path:
+    path = Path(name).expanduser()
+    if path.is_file() and path.suffix == ".gguf":
+        folder = Path(cleanup.enter_context(tempfile.TemporaryDirectory(prefix="wq-gguf-")))
+        unpack_gguf(path, folder)
+        return folder
+    if path.is_dir():
+        folder = path
+    elif path.exists():
+        raise ModelError(f"{name} is a file, but not a .gguf. Give a folder, a GGUF file or a repo id.")
+    elif name.count("/") > 1 or name.startswith((".", "/", "~")):
+        raise ModelError(f"{name} does not exist. Give a folder, a GGUF file or a repo id.")
+    else:
+        folder = _download(name, revision)
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"{name} is no model: it has no config.json.")
+    try:
+        json.loads((folder / "config.json").read_text())
+    except ValueError as error:
+        raise ModelError(f"{name}: config.json is not JSON ({error}).") from error
+    if not any(folder.glob("*.safetensors")):
+        others = sorted(file.name for file in folder.glob("*.bin"))
+        hint = f"It has {others[0]}: convert that to safetensors first." if others else "Nothing to read weights from."
+        raise ModelError(f"{name} has no *.safetensors file. {hint}")
+    return folder
+
+
+def _download(name: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=_HUB_FILES))
+    except HFValidationError as error:
+        raise ModelError(f"{name} is neither a folder, a GGUF file nor a repo id ({_first_line(error)}).") from error
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise ModelError(
+            f"{name} is no local folder, and could not be fetched from the Hub ({_first_line(error)}). "
+            "Check the name, the network, and `hf auth login` for a gated model."
+        ) from error
+
+
+def unpack_gguf(file: Path, folder: Path) -> None:
+    """Write a GGUF file's model, dequantized, and its tokenizer to `folder` as safetensors in float32.
+
+    The one source that is held in memory whole: a GGUF tensor can only be read through its own layout.
+    """
+    from transformers import GgufConfig
+
+    location = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            **location, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+        )
+        tokenizer = AutoTokenizer.from_pretrained(**location)
+    except Exception as error:  # whatever the reader trips over, the user's file cannot be used
+        raise ModelError(f"{file}: transformers could not read this GGUF file ({_first_line(error)}).") from error
+    model.config._name_or_path = ""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _build(config: Any, name: str, trust_remote_code: bool) -> PreTrainedModel:
+    """The model's structure, parameters on meta, with the buffers that no checkpoint holds computed."""
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except ValueError as error:
+        raise ModelError(
+            f"{name}: transformers has no causal language model for {type(config).__name__} ({_first_line(error)})."
+        ) from error
+    model.eval()
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    owners = [(prefix, module) for prefix, module in model.named_modules() if isinstance(module, PreTrainedModel)]
+    for path, module in model.named_modules():
+        names = module._non_persistent_buffers_set
+        if not names:
+            continue
+        for buffer in names:
+            if module._buffers[buffer] is not None:
+                module._buffers[buffer] = torch.zeros_like(module._buffers[buffer], device="cpu")
+        owner = max((o for o in owners if _under(path, (o[0],))), key=lambda o: len(o[0]))[1]
+        with torch.no_grad():
+            owner._init_weights(module)  # transformers recomputes such buffers here; on meta it does nothing
+    return model
+
+
+def _set_meta_dtype(model: nn.Module, prefixes: tuple[str, ...], dtype: torch.dtype) -> None:
+    """Loading casts to the dtype a parameter was declared with; declare it as the dtype wanted now."""
+    for path, module in model.named_modules():
+        for name, parameter in module._parameters.items():
+            on_meta = parameter is not None and parameter.is_meta and parameter.is_floating_point()
+            if on_meta and _under(f"{path}.{name}", prefixes):
+                module._parameters[name] = nn.Parameter(parameter.to(dtype), requires_grad=False)
+
+
+def _under(name: str, prefixes: tuple[str, ...]) -> bool:
+    return any(not prefix or name == prefix or name.startswith(prefix + ".") for prefix in prefixes)
+
+
+def _converts_to(converter: WeightConverter, name: str) -> bool:
+    return any(target.replace("*.", "") in name for target in converter.target_patterns)
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0][:200] if text else type(error).__name__

@@ -1,0 +1,118 @@
+"""What a run reports: a JSON file for programs, and a model card whose every figure was measured."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from wq.checkpoint import write_text
+
+REPORT = "wq_report.json"
+
+
+def save(report: dict[str, Any], folder: Path) -> None:
+    """Write `wq_report.json` and the card, `README.md`, into `folder`."""
+    write_text(folder / REPORT, json.dumps(report, indent=1) + "\n")
+    write_text(folder / "README.md", card(report))
+
+
+def load(folder: Path) -> dict[str, Any] | None:
+    """The report in `folder`, or None when wq did not write it."""
+    file = folder / REPORT
+    return json.loads(file.read_text()) if file.is_file() else None
+
+
+def size(count: float) -> str:
+    """Bytes for people: 1.23 GB, 45.6 MB."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= scale:
+            return f"{count / scale:.3g} {unit}"
+    return f"{count:.0f} B"
+
+
+def share(report: dict[str, Any]) -> str:
+    """`quantized X of Y parameters (Z %)`."""
+    part, whole = report["quantized_parameters"], report["parameters"]
+    return f"quantized {part:,} of {whole:,} parameters ({part / whole:.1%})"
+
+
+def card(report: dict[str, Any]) -> str:
+    """The model card, Markdown with the Hub's YAML header."""
+    scheme = report["scheme"]
+    group = "per output row" if scheme["group_size"] == -1 else str(scheme["group_size"])
+    grid = "symmetric" if scheme["symmetric"] else "asymmetric"
+    name = Path(report["model"]).name
+    rows = [
+        ("Base model", f"`{name}`"),
+        ("Method", report["method"].upper()),
+        ("Bits / group size / grid", f"{scheme['bits']} / {group} / {grid}"),
+        ("Format", f"{report['format']}, {report['dtype']} scales and dense tensors"),
+        ("Calibration", _calibration(report["calibration"])),
+        ("Parameters", share(report)),
+        ("Size", f"{size(report['checkpoint_bytes'])}, from {size(report['source_bytes'])}"),
+        ("Made in", f"{report['seconds']:.0f} s, peak memory {size(report['peak_rss_bytes'])}, on {report['device']}"),
+        ("Versions", ", ".join(f"{package} {version}" for package, version in report["versions"].items())),
+        ("Command", f"`{report['command']}`"),
+    ]
+    table = "\n".join(f"| {label} | {value} |" for label, value in rows)
+    return "\n".join(
+        [
+            _header(report),
+            f"# {name}, {scheme['bits']}-bit",
+            "",
+            "Quantized with wq. Loads in transformers and vLLM without it:",
+            "",
+            "```python",
+            "from transformers import AutoModelForCausalLM",
+            "model = AutoModelForCausalLM.from_pretrained(REPO)  # this repository",
+            "```",
+            "",
+            "| | |",
+            "|---|---|",
+            table,
+            "",
+            *_quality(report.get("evaluation")),
+            *_fallbacks(report["fallbacks"]),
+        ]
+    )
+
+
+def _header(report: dict[str, Any]) -> str:
+    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
+    if report["model"].count("/") == 1 and not report["model"].startswith((".", "/", "~")):
+        lines += [f"base_model: {report['model']}", "base_model_relation: quantized"]
+    tags = ["wq", report["method"], report["format"], f"{report['scheme']['bits']}-bit"]
+    return "\n".join([*lines, "tags:", *(f"- {tag}" for tag in dict.fromkeys(tags)), "---", ""])
+
+
+def _calibration(record: dict[str, Any] | None) -> str:
+    if record is None:
+        return "none (data-free)"
+    return (
+        f"{record['source']}, {record['samples']} × {record['seqlen']} tokens, seed {record['seed']}, "
+        f"sha256 `{record['sha256'][:16]}`"
+    )
+
+
+def _quality(evaluation: dict[str, Any] | None) -> list[str]:
+    """The measured figures, or how to measure them."""
+    if evaluation is None:
+        return ["Not evaluated yet: `wq eval FOLDER --base BASE` measures it and fills this card in.", ""]
+    lines = ["## Measured", "", "| | dense | quantized |", "|---|---|---|"]
+    base = evaluation.get("base")
+    dense = f"{base['perplexity']:.3f}" if base else "not measured"
+    lines.append(f"| perplexity, {evaluation['text']} | {dense} | {evaluation['perplexity']:.3f} |")
+    if base:
+        kl = evaluation["kl"]
+        lines.append(f"| KL to dense: mean / median / p99 | 0 | {kl['mean']:.4f} / {kl['median']:.4f} / {kl['p99']:.3f} |")
+        lines.append(f"| top-1 agreement | 100 % | {evaluation['top1_agreement']:.1%} |")
+    windows = f"{evaluation['windows']} windows of {evaluation['seqlen']} tokens, {evaluation['dtype']} on {evaluation['device']}"
+    return [*lines, "", f"{windows}; the packed checkpoint, through the layers that serve it.", ""]
+
+
+def _fallbacks(fallbacks: list[dict[str, Any]]) -> list[str]:
+    if not fallbacks:
+        return []
+    named = [f"- `{record['layer']}`: {record['fallback']}" for record in fallbacks]
+    return ["## Layers rounded to nearest instead", "", *named, ""]

@@ -1,0 +1,84 @@
+"""What is stored for one weight: how many bits, in which groups, on which grid. No torch here."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from wq.errors import GroupSizeError, SchemeError
+
+BITS = (2, 3, 4, 8)
+SCALE_DTYPES = ("float16", "bfloat16", "float32")
+PER_CHANNEL = -1
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """The integer grid of a weight `[out_features, in_features]`: `W[n, k] = scale[n, g] * (code[n, k] - zero[n, g])`.
+
+    bits: 2, 3, 4 or 8; codes are unsigned, in `[0, 2**bits)`.
+    group_size: how many neighbouring input columns share a scale; -1 is one scale for each output row.
+    symmetric: the zero point is the midpoint `2**(bits - 1)` and is not stored; else an integer for each group.
+    scale_dtype: the dtype in which the checkpoint stores scales; candidates are rounded to it before they are compared.
+
+    Raises SchemeError for a value outside of these.
+    """
+
+    bits: int = 4
+    group_size: int = 128
+    symmetric: bool = True
+    scale_dtype: str = "float16"
+
+    def __post_init__(self) -> None:
+        if type(self.bits) is not int or self.bits not in BITS:
+            raise SchemeError(f"bits is {self.bits!r}; wq stores {', '.join(map(str, BITS))} bits. Use --bits 4.")
+        if type(self.group_size) is not int or (self.group_size != PER_CHANNEL and not 1 < self.group_size <= 2**20):
+            raise SchemeError(
+                f"group size is {self.group_size!r}; it must be a whole number from 2 to {2**20}, or -1 for one scale "
+                "for each output row. Use --group 128."
+            )
+        if type(self.symmetric) is not bool:
+            raise SchemeError(f"symmetric is {self.symmetric!r}; it must be True or False.")
+        if self.scale_dtype not in SCALE_DTYPES:
+            raise SchemeError(f"scale dtype is {self.scale_dtype!r}; it must be one of {', '.join(SCALE_DTYPES)}.")
+
+    @property
+    def levels(self) -> int:
+        """How many codes there are."""
+        return 1 << self.bits
+
+    @property
+    def midpoint(self) -> int:
+        """The zero point of the symmetric grid."""
+        return 1 << (self.bits - 1)
+
+    def groups(self, in_features: int, name: str = "weight") -> int:
+        """How many groups a row of `in_features` has. Raises GroupSizeError, naming `name`, when they do not fit."""
+        if self.group_size == PER_CHANNEL:
+            return 1
+        if in_features % self.group_size:
+            fits = [g for g in (256, 128, 96, 64, 48, 32, 16) if in_features % g == 0]
+            use = f"Use --group {fits[0]}" if fits else "Use --group -1"
+            raise GroupSizeError(
+                f"{name}: in_features {in_features} is not a multiple of group size {self.group_size}. "
+                f"{use}, or leave the layer dense with --keep {name.rpartition('.')[2]}."
+            )
+        return in_features // self.group_size
+
+    def bits_per_weight(self, in_features: int) -> float:
+        """Bits stored for each weight of a row of `in_features`, scales and zero points included."""
+        scale_bits = 32 if self.scale_dtype == "float32" else 16
+        per_group = scale_bits + (0 if self.symmetric else self.bits)
+        return self.bits + per_group * self.groups(in_features) / in_features
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready dict; `from_dict` is its inverse."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Scheme:
+        """Rebuild a scheme; raises SchemeError for unknown keys and bad values."""
+        unknown = set(values) - set(cls.__dataclass_fields__)
+        if unknown:
+            raise SchemeError(f"unknown scheme keys {sorted(unknown)}; known are {sorted(cls.__dataclass_fields__)}.")
+        return cls(**values)

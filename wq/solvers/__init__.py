@@ -1,0 +1,69 @@
+"""How a weight becomes integers. One algorithm a file; a new one adds its file and one line to `SOLVERS`.
+
+A solver is a module with
+
+    NEEDS_STATISTICS: bool       whether it wants calibration; without it the pipeline runs no forward pass
+    def solve(weight, statistics, scheme, *, generator) -> Solution
+
+and optionally `input_scales(weight, statistics, scheme) -> Tensor`, for algorithms that move scales into the operation
+before the layer (AWQ). `solve` is pure: it sees tensors only, changes none of them, prints nothing and chooses no
+device. Rows are independent, so the pipeline stacks the layers that read one input (q/k/v, gate/up) into one call.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.metadata import entry_points
+from types import ModuleType
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from wq.errors import UnknownNameError
+
+SOLVERS: dict[str, str] = {
+    "rtn": "wq.solvers.rtn",
+    "gptq": "wq.solvers.gptq",
+    "awq": "wq.solvers.awq",
+}
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What calibration knows of a layer's input x.
+
+    second_moment: `E[x xᵀ]`, float32 `[in_features, in_features]`, symmetric.
+    tokens: how many tokens it is the mean of.
+    """
+
+    second_moment: Tensor
+    tokens: int
+
+
+class Solution(NamedTuple):
+    """What every solver returns and every format stores; the weight is `scale * (codes - zero)`, group by group.
+
+    codes: uint8 `[out_features, in_features]`, each in `[0, 2**bits)`.
+    scale: the scheme's scale dtype, `[out_features, groups]`; finite and not 0, may be negative.
+    zero: uint8 `[out_features, groups]`; the midpoint on a symmetric grid.
+    stats: numbers for the report (loss, damping, a fallback and its reason).
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor
+    stats: dict[str, Any]
+
+
+def get(name: str) -> ModuleType:
+    """The solver called `name`: built in, or offered by another package as an entry point in group `wq.solvers`.
+
+    Raises UnknownNameError, listing what there is.
+    """
+    offered = {point.name: point for point in entry_points(group="wq.solvers")}
+    if name in SOLVERS:
+        return import_module(SOLVERS[name])
+    if name in offered:
+        return offered[name].load()
+    raise UnknownNameError(f"method {name!r} is unknown; wq has {', '.join(sorted({*SOLVERS, *offered}))}.")

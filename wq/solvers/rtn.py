@@ -1,0 +1,49 @@
+"""Round to nearest on a searched grid: the floor under every other solver, and the one that needs no data.
+
+Without statistics every weight counts alike. With them, a group's errors are scored by its own block of E[x xᵀ], so
+that errors which cancel in the output are not paid for. The simplest solver there is, and the template for a new one.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from wq import grid
+from wq.scheme import Scheme
+from wq.solvers import Solution, Statistics
+
+NEEDS_STATISTICS = False
+
+_LARGEST_BLOCK = 256
+
+
+def solve(
+    weight: Tensor, statistics: Statistics | None, scheme: Scheme, *, generator: torch.Generator | None = None
+) -> Solution:
+    """Quantize `weight`, float `[out_features, in_features]`, to the nearest codes. Raises GroupSizeError."""
+    scale, zero = grid.search(weight, scheme, None if statistics is None else importance(statistics, scheme))
+    codes = grid.quantize(weight, scale, zero, scheme)
+    stats: dict[str, Any] = {}
+    if statistics is not None:
+        stats["error"] = output_error(weight, grid.dequantize(codes, scale, zero), statistics)
+    return Solution(codes, scale, zero, stats)
+
+
+def importance(statistics: Statistics, scheme: Scheme) -> Tensor:
+    """What final codes are scored by: full blocks of E[x xᵀ], or its diagonal where blocks would cost too much."""
+    second_moment = statistics.second_moment
+    groups = scheme.groups(second_moment.shape[0])
+    if second_moment.shape[0] // groups > _LARGEST_BLOCK:
+        return second_moment.diagonal()
+    return grid.blocks(second_moment, groups)
+
+
+def output_error(weight: Tensor, dequantized: Tensor, statistics: Statistics) -> float:
+    """Relative squared error of the layer's output on the calibration data: `tr(E H Eᵀ) / tr(W H Wᵀ)`."""
+    w, h = weight.float(), statistics.second_moment
+    delta = dequantized.float() - w
+    norm = ((w @ h) * w).sum().item()
+    return ((delta @ h) * delta).sum().item() / norm if norm > 0 else 0.0
