@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterable
 from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
@@ -28,6 +29,7 @@ from transformers.core_model_loading import (
 )
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging as transformers_logging
+from transformers.utils.loading_report import LoadStateDictInfo
 
 from wq.checkpoint import Entry, read_headers
 from wq.errors import CheckpointError, ModelError
@@ -55,7 +57,6 @@ class Source:
             method = quantized.get("quant_method") if isinstance(quantized, dict) else type(quantized).__name__
             raise ModelError(f"{name} is already quantized ({method}). Give the dense model it was made from.")
         self.model = _build(self.config, name, trust_remote_code)
-        self._conversions = get_model_conversion_mapping(self.model)
         self.tensors = self._map_tensors()
 
     def close(self) -> None:
@@ -83,22 +84,10 @@ class Source:
         try:
             return AutoTokenizer.from_pretrained(self.folder, trust_remote_code=self._remote_code)
         except (OSError, ValueError) as error:
-            raise ModelError(f"{self.name}: no tokenizer could be loaded ({_first_line(error)}).") from error
+            raise ModelError(f"{self.name}: no tokenizer could be loaded ({first_line(error)}).") from error
 
     def _map_tensors(self) -> dict[str, tuple[str, bool]]:
-        """For each tensor on disk, the parameter it becomes and whether it is that parameter, only renamed."""
-        renamings = [c for c in self._conversions if isinstance(c, WeightRenaming)]
-        converters = [c for c in self._conversions if isinstance(c, WeightConverter)]
-        known = self.model.state_dict()
-        prefix = self.model.base_model_prefix
-        mapped = {}
-        for name in self.entries:
-            renamed, pattern = rename_source_key(name, renamings, converters, prefix, known)
-            if renamed not in known and name in known:
-                renamed, pattern = name, None
-            mapped[name] = (renamed, pattern is None)
-        missing = set(known) - {renamed for renamed, _ in mapped.values()} - set(self.model.all_tied_weights_keys)
-        absent = sorted(name for name in missing if not any(_converts_to(c, name) for c in converters))
+        mapped, absent, _ = map_names(self.model, self.entries)
         if absent:
             raise CheckpointError(
                 f"{self.name}: {len(absent)} tensors of the model are not in its files: {', '.join(absent[:3])}"
@@ -150,6 +139,39 @@ class Source:
             for file in sorted(self.folder.glob(pattern)):
                 if file.name not in _NOT_COPIED and not file.name.endswith(".index.json"):
                     shutil.copyfile(file, folder / file.name)
+
+
+def map_names(
+    model: PreTrainedModel, names: Iterable[str]
+) -> tuple[dict[str, tuple[str, bool]], list[str], list[str]]:
+    """How tensors on disk become parameters: `(mapped, absent, unexpected)`.
+
+    mapped: for each name on disk, the parameter it goes to and whether it is that parameter, only renamed (not merged
+    or split on the way). absent: parameters and persistent buffers that nothing on disk goes to, shared ones aside.
+    unexpected: names on disk that go nowhere and that the architecture does not ignore.
+    """
+    conversions = get_model_conversion_mapping(model)
+    renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
+    converters = [c for c in conversions if isinstance(c, WeightConverter)]
+    known = model.state_dict()
+    mapped: dict[str, tuple[str, bool]] = {}
+    for name in names:
+        renamed, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, known)
+        if renamed not in known and name in known:
+            renamed, pattern = name, None
+        mapped[name] = (renamed, pattern is None)
+    targets = {renamed for renamed, _ in mapped.values()}
+    made = [target.replace("*.", "").strip("^$") for converter in converters for target in converter.target_patterns]
+    info = LoadStateDictInfo(
+        missing_keys={n for n in set(known) - targets if not any(target in n for target in made)},
+        unexpected_keys={n for n, (renamed, plain) in mapped.items() if plain and renamed not in known},
+        mismatched_keys=set(),
+        error_msgs=[],
+        conversion_errors={},
+        skipped_pp_keys=set(),
+    )
+    model._adjust_missing_and_unexpected_keys(info)  # what the architecture itself says may be absent or extra
+    return mapped, sorted(info.missing_keys - set(model.all_tied_weights_keys)), sorted(info.unexpected_keys)
 
 
 def open_source(
@@ -205,10 +227,10 @@ def _download(name: str, revision: str | None) -> Path:
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=_HUB_FILES))
     except HFValidationError as error:
-        raise ModelError(f"{name} is neither a folder, a GGUF file nor a repo id ({_first_line(error)}).") from error
+        raise ModelError(f"{name} is neither a folder, a GGUF file nor a repo id ({first_line(error)}).") from error
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise ModelError(
-            f"{name} is no local folder, and could not be fetched from the Hub ({_first_line(error)}). "
+            f"{name} is no local folder, and could not be fetched from the Hub ({first_line(error)}). "
             "Check the name, the network, and `hf auth login` for a gated model."
         ) from error
 
@@ -227,7 +249,7 @@ def unpack_gguf(file: Path, folder: Path) -> None:
         )
         tokenizer = AutoTokenizer.from_pretrained(**location)
     except Exception as error:  # whatever the reader trips over, the user's file cannot be used
-        raise ModelError(f"{file}: transformers could not read this GGUF file ({_first_line(error)}).") from error
+        raise ModelError(f"{file}: transformers could not read this GGUF file ({first_line(error)}).") from error
     model.config._name_or_path = ""
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -240,7 +262,7 @@ def _build(config: Any, name: str, trust_remote_code: bool) -> PreTrainedModel:
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except ValueError as error:
         raise ModelError(
-            f"{name}: transformers has no causal language model for {type(config).__name__} ({_first_line(error)})."
+            f"{name}: transformers has no causal language model for {type(config).__name__} ({first_line(error)})."
         ) from error
     model.eval()
     for parameter in model.parameters():
@@ -272,10 +294,6 @@ def _under(name: str, prefixes: tuple[str, ...]) -> bool:
     return any(not prefix or name == prefix or name.startswith(prefix + ".") for prefix in prefixes)
 
 
-def _converts_to(converter: WeightConverter, name: str) -> bool:
-    return any(target.replace("*.", "") in name for target in converter.target_patterns)
-
-
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     text = str(error).strip()
     return text.splitlines()[0][:200] if text else type(error).__name__

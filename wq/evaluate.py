@@ -1,0 +1,172 @@
+"""How much a quantized model forgets: perplexity, and the distance from the dense model's own predictions.
+
+WikiText-2 by the protocol of the GPTQ paper: the test split joined by blank lines, one tokenizer call, windows that do
+not overlap, cross-entropy of every next token in float32. Perplexity can be gamed by a model that drifts towards the
+test text, so with a dense base the same windows also give KL(dense ‖ quantized) over the whole vocabulary, and how
+often both rank the same token first. Logits are compared a slice of a window at a time and never kept.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from wq import report
+from wq.errors import CalibrationError, ModelError
+
+WIKITEXT = "wikitext"
+_SLICE = 256  # tokens whose float32 distributions over the vocabulary are held at once
+
+WindowCallback = Callable[[int, int], None]
+
+
+@torch.inference_mode()
+def evaluate(
+    model: str | os.PathLike[str],
+    *,
+    base: str | os.PathLike[str] | None = None,
+    text: str = WIKITEXT,
+    seqlen: int = 2048,
+    windows: int | None = None,
+    dtype: str = "auto",
+    device: str | None = None,
+    on_window: WindowCallback | None = None,
+) -> dict[str, Any]:
+    """Perplexity of `model` on `text`; with `base`, also KL and top-1 agreement with it on the same windows.
+
+    text: `wikitext` (WikiText-2 test, from the Hub) or a local text file, taken as it is. windows: only the
+    first so many. dtype: what both models run in. If `model` is a folder that wq made, its report and card are
+    updated with the figures. Raises ModelError, CalibrationError.
+    """
+    from wq.hf import load
+
+    place = device or _default_device()
+    subject, tokenizer = load(model, dtype=dtype, device=place)
+    tokens = read_tokens(text, tokenizer, seqlen, windows)
+    reference = None
+    if base is not None:
+        reference, other = load(base, dtype=str(subject.dtype).removeprefix("torch."), device=place)
+        _check_vocabularies(model, base, tokenizer, other, subject, reference)
+    started = time.perf_counter()
+    scores = _Scores()
+    for index, window in enumerate(tokens):
+        batch = window.unsqueeze(0).to(place)
+        logits = subject(input_ids=batch, use_cache=False).logits[0]
+        dense = None if reference is None else reference(input_ids=batch, use_cache=False).logits[0]
+        scores.add(batch[0], logits, dense)
+        if on_window is not None:
+            on_window(index + 1, len(tokens))
+    result = {
+        "model": os.fspath(model),
+        "text": Path(text).name,
+        "windows": len(tokens),
+        "seqlen": seqlen,
+        "dtype": str(subject.dtype).removeprefix("torch."),
+        "device": place,
+        "seconds": round(time.perf_counter() - started, 1),
+        **scores.result(os.fspath(base) if base is not None else None),
+    }
+    _record(Path(model), result)
+    return result
+
+
+def _default_device() -> str:
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return "cpu" if accelerator is None else str(accelerator)
+
+
+def read_tokens(text: str, tokenizer: Any, seqlen: int, windows: int | None = None) -> Tensor:
+    """The evaluation text as windows of tokens, int64 `[windows, seqlen]`; the tail that fills none is dropped."""
+    if seqlen < 2:
+        raise CalibrationError(f"--seqlen {seqlen}: a window needs at least 2 tokens.")
+    ids = tokenizer(_read_text(text), return_tensors="pt", verbose=False)["input_ids"][0]
+    count = len(ids) // seqlen
+    if not count:
+        raise CalibrationError(f"evaluation text {text} has {len(ids)} tokens, fewer than one window of {seqlen}.")
+    count = count if windows is None else min(windows, count)
+    return ids[: count * seqlen].reshape(count, seqlen)
+
+
+def _read_text(text: str) -> str:
+    path = Path(text).expanduser()
+    if path.is_file():
+        return path.read_text(encoding="utf-8")
+    if text != WIKITEXT:
+        raise CalibrationError(f"evaluation text {text} does not exist. Give {WIKITEXT!r} or a local text file.")
+    import datasets
+
+    try:
+        rows = datasets.load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split="test")
+    except Exception as error:  # datasets, fsspec and httpx each raise their own
+        raise CalibrationError(
+            f"WikiText-2 could not be fetched ({str(error).strip()[:200]}). Give a local copy with --text FILE."
+        ) from error
+    return "\n\n".join(rows["text"])
+
+
+def _check_vocabularies(model: Any, base: Any, one: Any, other: Any, subject: Any, reference: Any) -> None:
+    sizes = subject.config.get_text_config().vocab_size, reference.config.get_text_config().vocab_size
+    if sizes[0] != sizes[1] or one.get_vocab() != other.get_vocab():
+        raise ModelError(
+            f"{model} and {base} do not share a vocabulary ({sizes[0]} and {sizes[1]} tokens): their predictions "
+            "cannot be compared. Give the dense model it was made from."
+        )
+
+
+@dataclass
+class _Scores:
+    """Running sums over windows."""
+
+    nll: float = 0.0
+    dense_nll: float = 0.0
+    tokens: int = 0
+    kl: list[Tensor] = field(default_factory=list)
+    agree: int = 0
+
+    def add(self, tokens: Tensor, logits: Tensor, dense: Tensor | None) -> None:
+        """One window: token ids `[n]`, logits `[n, vocabulary]` of the model and perhaps of its base."""
+        for start in range(0, len(tokens) - 1, _SLICE):
+            rows = slice(start, min(start + _SLICE, len(tokens) - 1))
+            target = tokens[rows.start + 1 : rows.stop + 1]
+            ours = functional.log_softmax(logits[rows].float(), dim=-1)
+            self.nll += float(functional.nll_loss(ours, target, reduction="sum").double())
+            self.tokens += len(target)
+            if dense is not None:
+                theirs = functional.log_softmax(dense[rows].float(), dim=-1)
+                self.dense_nll += float(functional.nll_loss(theirs, target, reduction="sum").double())
+                self.agree += int((ours.argmax(-1) == theirs.argmax(-1)).sum())
+                self.kl.append((theirs.exp() * (theirs - ours)).sum(-1).cpu())
+
+    def result(self, base: str | None) -> dict[str, Any]:
+        values: dict[str, Any] = {"tokens": self.tokens, "perplexity": _exp(self.nll / self.tokens)}
+        if base is not None:
+            kl = torch.cat(self.kl).double()
+            values["base"] = {"model": base, "perplexity": _exp(self.dense_nll / self.tokens)}
+            values["kl"] = {
+                "mean": float(kl.mean()),
+                "median": float(kl.median()),
+                "p99": float(kl.quantile(0.99)),
+            }
+            values["top1_agreement"] = self.agree / self.tokens
+        return values
+
+
+def _exp(value: float) -> float:
+    return math.exp(value) if value < 700 else math.inf
+
+
+def _record(folder: Path, result: dict[str, Any]) -> None:
+    """Add the figures to the report and card of a folder that wq made."""
+    known = report.load(folder) if folder.is_dir() else None
+    if known is not None:
+        known["evaluation"] = result
+        report.save(known, folder)
