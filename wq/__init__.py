@@ -24,7 +24,17 @@ _EXPORTS = {
     "quantize": "wq.pipeline.quantizer",
 }
 
-__all__ = [*sorted(_EXPORTS), "__version__"]  # noqa: PLE0604
+__all__ = [
+    "Scheme",
+    "WqConfig",
+    "WqError",
+    "WqLinear",
+    "__version__",
+    "evaluate",
+    "load",
+    "push",
+    "quantize",
+]
 
 if TYPE_CHECKING:
     from wq.errors import WqError

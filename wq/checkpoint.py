@@ -118,11 +118,20 @@ def read_tensor(entry: Entry) -> Tensor:
     if not entry.bytes:
         return torch.empty(entry.shape, dtype=entry.dtype)
     buffer = torch.empty(entry.bytes, dtype=torch.uint8)
-    with entry.file.open("rb") as stream:
+    left = _memory(buffer)
+    with entry.file.open("rb", buffering=0) as stream:
         stream.seek(entry.start)
-        if stream.readinto(memoryview(buffer.numpy())) != entry.bytes:  # type: ignore[attr-defined]
-            raise CheckpointError(f"{entry.file}: ends before byte {entry.stop}. Download it again.")
+        while left:
+            count = stream.readinto(left)
+            if not count:
+                raise CheckpointError(f"{entry.file}: ends before byte {entry.stop}. Download it again.")
+            left = left[count:]
     return buffer.view(entry.dtype).reshape(entry.shape)
+
+
+def _memory(flat: Tensor) -> memoryview:
+    """The bytes of a uint8 tensor on the CPU, not a copy of them."""
+    return memoryview(flat.numpy())  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -192,7 +201,7 @@ class ShardWriter:
             )
         file, offset = self._places[name]
         file.seek(offset)
-        file.write(memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
+        file.write(_memory(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)))
         self._left.discard(name)
 
     def copy(self, name: str, entry: Entry) -> None:

@@ -17,7 +17,6 @@ file wraps that one function, for `WqConfig` alone.
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -31,17 +30,17 @@ from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from wq.checkpoint import Entry, read_header
-from wq.errors import CheckpointError, FormatError, GroupSizeError, ModelError, SchemeError
+from wq.errors import CheckpointError, FormatError, ModelError
 from wq.formats import bits as bit_stream
 from wq.formats import compressed_tensors
 from wq.layers import WqLinear, ops
 from wq.pipeline import blocks as decoder
+from wq.pipeline import plan
 from wq.pipeline.source import first_line, map_names
 from wq.scheme import PER_CHANNEL, Scheme
-from wq.solvers import Solution, rtn
+from wq.solvers import rtn
 
 _METHOD = "wq"  # the name in transformers' registries; never written to a checkpoint
-_AUTO_GROUPS = (128, 64, 32)
 _PACKED = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
 
 
@@ -63,7 +62,7 @@ class WqConfig(QuantizationConfigMixin):
         dequantize: bool = False,
     ):
         Scheme(bits, PER_CHANNEL if group_size is None else group_size, symmetric)  # refuse bad values here and now
-        self.quant_method = _METHOD
+        self.quant_method = _METHOD  # type: ignore[assignment]
         self.bits, self.group_size, self.symmetric = bits, group_size, symmetric
         self.keep, self.dequantize = tuple(keep), dequantize
         self.checkpoint: dict[str, Any] | None = None
@@ -90,6 +89,7 @@ class WqConfig(QuantizationConfigMixin):
 class WqQuantizer(HfQuantizer):
     """Loads dense and compressed-tensors repos onto `WqLinear` layers."""
 
+    quantization_config: WqConfig
     requires_calibration = False
     # What a weight is stored as. transformers derives converters, and tensor-parallel plans, from this.
     serialized_names = {"weight": ["weight", *_PACKED]}  # noqa: RUF012
@@ -119,10 +119,7 @@ class WqQuantizer(HfQuantizer):
         """Choose the layers to quantize on load; they turn into `WqLinear` one by one as their weights arrive."""
         config = self.quantization_config
         path, blocks = decoder.find_blocks(model, type(model).__name__)
-        try:
-            keep = [re.compile(pattern) for pattern in config.keep]
-        except re.error as error:
-            raise SchemeError(f"keep={error.pattern!r} is not a regular expression ({error}).") from error
+        keep = plan.patterns(config.keep)
         linears: dict[str, nn.Linear] = {}
         for index, block in enumerate(blocks):
             found = decoder.find_linears(block, f"{path}.{index}", keep)
@@ -130,25 +127,15 @@ class WqQuantizer(HfQuantizer):
         if not linears:
             raise ModelError(f"{type(model).__name__}: keep={list(config.keep)} leaves no layer to quantize.")
         dtype = str(torch.get_default_dtype()).removeprefix("torch.")
-        scheme = Scheme(config.bits, self._group_size(linears), config.symmetric, dtype)
+        size = config.group_size
+        if size is None:
+            size = plan.auto_group_size({name: linear.in_features for name, linear in linears.items()})
+        scheme = Scheme(config.bits, size, config.symmetric, dtype)
         for name, linear in linears.items():
             scheme.groups(linear.in_features, name)
             self.schemes[name] = scheme
         dense = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n not in linears]
         config.checkpoint = compressed_tensors.config(scheme, dense)
-
-    def _group_size(self, linears: dict[str, nn.Linear]) -> int:
-        asked = self.quantization_config.group_size
-        if asked is not None:
-            return asked
-        for size in _AUTO_GROUPS:
-            if all(linear.in_features % size == 0 for linear in linears.values()):
-                return size
-        name, odd = next((n, m) for n, m in linears.items() if m.in_features % _AUTO_GROUPS[-1])
-        raise GroupSizeError(
-            f"{name}: in_features {odd.in_features} is not a multiple of {', '.join(map(str, _AUTO_GROUPS))}. "
-            "Pass group_size=-1, or keep=[...] to leave the layer dense."
-        )
 
     def _prepare_packed(self, model: PreTrainedModel, files: list[str]) -> None:
         """Put an empty `WqLinear` wherever the shards hold a packed weight, after checking that they fit."""
@@ -170,12 +157,8 @@ class WqQuantizer(HfQuantizer):
         if self.quantization_config.dequantize:
             return
         for module, scheme in self.schemes.items():
-            dense = model.get_submodule(module)
             scale = layers[module]["weight_scale"].dtype
-            layer = WqLinear(dense.in_features, dense.out_features, dense.bias is not None, scheme, scale)
-            if dense.bias is not None:
-                layer.bias = dense.bias
-            model.set_submodule(module, layer)
+            model.set_submodule(module, _packed_like(model.get_submodule(module), scheme, scale))
         # Recomputed on save; as a parameter, tensor parallelism would cut it up.
         model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), r"weight_shape$"}
 
@@ -201,7 +184,7 @@ class WqQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         if self.pre_quantized and self.quantization_config.dequantize:
-            model._weight_conversions = None  # they read packed names; saving the dense model must not
+            model._weight_conversions = None  # type: ignore[assignment]  # they read packed names; saving the dense model must not
             return model
         for path in self.schemes:
             layer = model.get_submodule(path)
@@ -252,7 +235,7 @@ def _scheme_of(model: nn.Module, path: str, tensors: dict[str, Entry], config: d
     except AttributeError:
         linear = None
     if type(linear) is not nn.Linear:
-        what = "is not in the model" if linear is None else f"is a {type(linear).__name__}, which wq cannot run packed yet"
+        what = "is not in the model" if linear is None else f"is a {type(linear).__name__}, not an nn.Linear"
         raise CheckpointError(f"{path} has packed weights but {what}.")
     absent = {"weight_packed", "weight_scale"} - set(tensors)
     if absent:
@@ -281,6 +264,14 @@ def _scheme_of(model: nn.Module, path: str, tensors: dict[str, Entry], config: d
     return Scheme(bits, size, "weight_zero_point" not in tensors, str(scale.dtype).removeprefix("torch."))
 
 
+def _packed_like(dense: nn.Module, scheme: Scheme, scale: torch.dtype) -> WqLinear:
+    """An empty `WqLinear` in the place of `dense`, with its bias."""
+    assert isinstance(dense, nn.Linear)
+    layer = WqLinear(dense.in_features, dense.out_features, dense.bias is not None, scheme, scale)
+    layer.bias = dense.bias
+    return layer
+
+
 def _refuse(model: str, what: str, names: list[str]) -> None:
     if names:
         more = ", ..." if len(names) > 3 else ""
@@ -302,11 +293,9 @@ class _Quantize(ConversionOps):
         (value,) = input_dict.values()
         weight = value[0] if isinstance(value, list) else value
         path = full_layer_name.removesuffix(".weight")
-        scheme, dense = self.hf_quantizer.schemes[path], model.get_submodule(path)
+        scheme = self.hf_quantizer.schemes[path]
         solution = rtn.solve(weight, None, scheme)
-        layer = WqLinear(dense.in_features, dense.out_features, dense.bias is not None, scheme, solution.scale.dtype)
-        layer.bias = dense.bias
-        model.set_submodule(path, layer)
+        model.set_submodule(path, _packed_like(model.get_submodule(path), scheme, solution.scale.dtype))
         missing_keys.discard(full_layer_name)
         packed = compressed_tensors.pack(solution, scheme)
         return {f"{path}.{leaf}": tensor for leaf, tensor in packed.items() if leaf != "weight_shape"}
@@ -401,7 +390,9 @@ def load(
         if isinstance(error, (CheckpointError, FormatError)):
             raise
         raise ModelError(f"{name} could not be loaded ({first_line(error)}).") from error
-    return loaded.to(device) if device is not None else loaded, tokenizer
+    if device is not None:
+        loaded.to(device)  # type: ignore[arg-type]
+    return loaded, tokenizer
 
 
 def _is_quantized(name: str, revision: str | None) -> bool:

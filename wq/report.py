@@ -44,7 +44,7 @@ def card(report: dict[str, Any]) -> str:
     grid = "symmetric" if scheme["symmetric"] else "asymmetric"
     name = Path(report["model"]).name
     rows = [
-        ("Base model", f"`{name}`"),
+        ("Base model", f"`{report['repo'] or name}`"),
         ("Method", report["method"].upper()),
         ("Bits / group size / grid", f"{scheme['bits']} / {group} / {grid}"),
         ("Format", f"{report['format']}, {report['dtype']} scales and dense tensors"),
@@ -80,8 +80,8 @@ def card(report: dict[str, Any]) -> str:
 
 def _header(report: dict[str, Any]) -> str:
     lines = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
-    if report["model"].count("/") == 1 and not report["model"].startswith((".", "/", "~")):
-        lines += [f"base_model: {report['model']}", "base_model_relation: quantized"]
+    if report["repo"] is not None:
+        lines += [f"base_model: {report['repo']}", "base_model_relation: quantized"]
     tags = ["wq", report["method"], report["format"], f"{report['scheme']['bits']}-bit"]
     return "\n".join([*lines, "tags:", *(f"- {tag}" for tag in dict.fromkeys(tags)), "---", ""])
 
@@ -105,10 +105,12 @@ def _quality(evaluation: dict[str, Any] | None) -> list[str]:
     lines.append(f"| perplexity, {evaluation['text']} | {dense} | {evaluation['perplexity']:.3f} |")
     if base:
         kl = evaluation["kl"]
-        lines.append(f"| KL to dense: mean / median / p99 | 0 | {kl['mean']:.4f} / {kl['median']:.4f} / {kl['p99']:.3f} |")
+        values = f"{kl['mean']:.4f} / {kl['median']:.4f} / {kl['p99']:.3f}"
+        lines.append(f"| KL to dense: mean / median / p99 | 0 | {values} |")
         lines.append(f"| top-1 agreement | 100 % | {evaluation['top1_agreement']:.1%} |")
-    windows = f"{evaluation['windows']} windows of {evaluation['seqlen']} tokens, {evaluation['dtype']} on {evaluation['device']}"
-    return [*lines, "", f"{windows}; the packed checkpoint, through the layers that serve it.", ""]
+    windows = f"{evaluation['windows']} windows of {evaluation['seqlen']} tokens"
+    place = f"{evaluation['dtype']} on {evaluation['device']}"
+    return [*lines, "", f"{windows}, {place}; the packed checkpoint, through the layers that serve it.", ""]
 
 
 def _fallbacks(fallbacks: list[dict[str, Any]]) -> list[str]:

@@ -63,7 +63,7 @@ def unpack(tensors: dict[str, Tensor], scheme: Scheme, shape: tuple[int, int]) -
 
 def config(scheme: Scheme, dense: list[str]) -> dict[str, Any]:
     """`quantization_config`; dense modules but the head are excluded by GPTQModel's `dynamic` rules."""
-    skip = {f"-:^{re.escape(name)}$": {} for name in sorted(dense) if name != "lm_head"}
+    skip: dict[str, Any] = {f"-:^{re.escape(name)}$": {} for name in sorted(dense) if name != "lm_head"}
     values = {
         "quant_method": QUANT_METHOD,
         "bits": scheme.bits,

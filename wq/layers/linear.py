@@ -64,6 +64,7 @@ class WqLinear(nn.Linear):
     offloading and tensor parallelism handle them; a subclass of nn.Linear, so that adapters find it.
     """
 
+    weight_zero_point: nn.Parameter | None
     _hf_quantized_needs_local_tp = True  # tensor parallelism then hands forward plain local tensors
 
     def __init__(

@@ -15,23 +15,23 @@ from torch import Tensor
 import wq_kernels
 
 _LIBRARY = torch.library.Library("wq", "DEF")
-_ARGUMENTS = "Tensor packed, Tensor scale, Tensor? zero_point"
+_ARGUMENTS = "Tensor packed, Tensor scale, Tensor? zero"
 _TAGS = (torch.Tag.pt2_compliant_tag,)
 _LIBRARY.define(f"linear(Tensor x, {_ARGUMENTS}, Tensor? bias, int bits, int in_features) -> Tensor", tags=_TAGS)
 _LIBRARY.define(f"linear_backward(Tensor grad, {_ARGUMENTS}, int bits, int in_features) -> Tensor", tags=_TAGS)
 
 
 def _linear(
-    x: Tensor, packed: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None, bits: int, in_features: int
+    x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, bits: int, in_features: int
 ) -> Tensor:
     backend = wq_kernels.select(x.device.type, bits)
-    return backend.linear(x, packed, scale, zero_point, bias, bits, in_features)
+    return backend.linear(x, packed, scale, zero, bias, bits, in_features)
 
 
 def _linear_backward(
-    grad: Tensor, packed: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int, in_features: int
+    grad: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, bits: int, in_features: int
 ) -> Tensor:
-    return grad @ dequantize(packed, scale, zero_point, bits, in_features, grad.dtype)
+    return grad @ dequantize(packed, scale, zero, bits, in_features, grad.dtype)
 
 
 for _key in ("CPU", "CUDA", "XPU", "MPS"):
@@ -41,7 +41,7 @@ for _key in ("CPU", "CUDA", "XPU", "MPS"):
 
 @torch.library.register_fake("wq::linear", lib=_LIBRARY)
 def _linear_fake(
-    x: Tensor, packed: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None, bits: int, in_features: int
+    x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, bits: int, in_features: int
 ) -> Tensor:
     torch._check(x.shape[-1] == in_features, lambda: f"x has {x.shape[-1]} features, the weight {in_features}")
     return x.new_empty(*x.shape[:-1], scale.shape[0])
@@ -49,7 +49,7 @@ def _linear_fake(
 
 @torch.library.register_fake("wq::linear_backward", lib=_LIBRARY)
 def _linear_backward_fake(
-    grad: Tensor, packed: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int, in_features: int
+    grad: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, bits: int, in_features: int
 ) -> Tensor:
     return grad.new_empty(*grad.shape[:-1], in_features)
 
@@ -58,11 +58,11 @@ class _Linear(torch.autograd.Function):
     """Gradients for the input and the bias; the packed weight has none."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, packed: Tensor, scale: Tensor, zero_point: Tensor | None, *rest: Any) -> Tensor:
+    def forward(ctx: Any, x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, *rest: Any) -> Tensor:
         bias, bits, in_features = rest
-        ctx.save_for_backward(packed, scale, zero_point)
+        ctx.save_for_backward(packed, scale, zero)
         ctx.bits, ctx.in_features, ctx.has_bias = bits, in_features, bias is not None
-        return torch.ops.wq.linear(x, packed, scale, zero_point, bias, bits, in_features)
+        return torch.ops.wq.linear(x, packed, scale, zero, bias, bits, in_features)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -76,17 +76,17 @@ class _Linear(torch.autograd.Function):
 
 
 def linear(
-    x: Tensor, packed: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None, bits: int, in_features: int
+    x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, bits: int, in_features: int
 ) -> Tensor:
     """`x @ W.T + bias`, `[..., out]`, for x `[..., in]` and a weight in the layout of `wq_kernels.reference`."""
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
-        return _Linear.apply(x, packed, scale, zero_point, bias, bits, in_features)
-    return torch.ops.wq.linear(x, packed, scale, zero_point, bias, bits, in_features)
+        return _Linear.apply(x, packed, scale, zero, bias, bits, in_features)
+    return torch.ops.wq.linear(x, packed, scale, zero, bias, bits, in_features)
 
 
 def dequantize(
-    packed: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int, in_features: int, dtype: torch.dtype
+    packed: Tensor, scale: Tensor, zero: Tensor | None, bits: int, in_features: int, dtype: torch.dtype
 ) -> Tensor:
     """The dense weight, `[out, in]` in `dtype`."""
     backend = wq_kernels.select(packed.device.type, bits)
-    return backend.dequantize(packed, scale, zero_point, bits, in_features, dtype)
+    return backend.dequantize(packed, scale, zero, bits, in_features, dtype)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -234,10 +234,8 @@ def collect(readers: list[nn.Linear], run: Callable[[int], Any], batches: int) -
     try:
         for batch in range(batches):
             left = len(readers)
-            try:
+            with suppress(_Stop):
                 run(batch)
-            except _Stop:
-                pass
     finally:
         for handle in handles:
             handle.remove()

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 # (producer, reader): scaling a row of the producer scales the same channel of the reader's input.
 LINEAR_FOLDS: tuple[tuple[str, str], ...] = (
-    ("self_attn.v_proj", "self_attn.o_proj"),  # attention mixes tokens, not channels; one value head for each query head
+    ("self_attn.v_proj", "self_attn.o_proj"),  # attention mixes tokens, not channels
     ("mlp.up_proj", "mlp.down_proj"),  # the gated product is linear in up
     ("self_attn.v_proj", "self_attn.out_proj"),  # OPT
     ("fc1", "fc2"),  # OPT: relu(t x) = t relu(x)
@@ -41,7 +41,8 @@ class Fold:
 
     def divide(self, scales: Tensor) -> None:
         """Make every output channel of the producer `scales` times smaller, in place."""
-        weight, bias = self.producer.weight, getattr(self.producer, "bias", None)
+        parameters = dict(self.producer.named_parameters(recurse=False))
+        weight, bias = parameters["weight"], parameters.get("bias")
         offset = NORM_OFFSETS.get(type(self.producer).__name__, 0.0)
         column = scales.unsqueeze(1) if weight.dim() == 2 else scales
         weight.data.copy_(((weight.data.float() + offset) / column - offset).to(weight.dtype))
@@ -55,7 +56,8 @@ def find(block: nn.Module, readers: list[str], source: tuple[str, nn.Module] | N
     if source is not None:
         weight = getattr(source[1], "weight", None)
         is_norm = "norm" in type(source[1]).__name__.lower() and isinstance(weight, Tensor)
-        return Fold(*source) if is_norm and weight.shape == (in_features,) else None
+        fits = is_norm and tuple(weight.shape) == (in_features,)  # type: ignore[union-attr]
+        return Fold(*source) if fits else None
     for producer, reader in LINEAR_FOLDS:
         if len(readers) == 1 and readers[0].endswith(reader):
             name = readers[0].removesuffix(reader) + producer

@@ -13,12 +13,12 @@ from __future__ import annotations
 import json
 import os
 import platform
-import re
 import resource
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -28,18 +28,17 @@ from torch import Tensor, nn
 
 import wq
 from wq import formats, grid, report, solvers
-from wq.checkpoint import ShardWriter, Spec, check_output, staged, write_text
-from wq.errors import CalibrationError, GroupSizeError, ModelError, SchemeError
+from wq.checkpoint import ShardWriter, check_output, staged, write_text
+from wq.errors import CalibrationError
 from wq.pipeline import blocks as decoder
 from wq.pipeline import calibration as calibration_text
 from wq.pipeline import folding
+from wq.pipeline.plan import Plan, make_plan
 from wq.pipeline.source import Source, open_source
 from wq.scheme import Scheme
 from wq.solvers import Solution, rtn
 
 _BATCH_TOKENS = 4096  # enough rows for full-speed matrix products, few enough for small activations
-_AUTO_GROUPS = (128, 64, 32)
-_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 BlockCallback = Callable[[dict[str, Any]], None]
 
@@ -82,7 +81,7 @@ def quantize(
     scheme = Scheme(bits, -1 if group_size is None else group_size, symmetric)
     check_output(Path(output), overwrite)
     with open_source(model, revision, trust_remote_code) as source, torch.no_grad():
-        plan = _plan(source, fmt, scheme, group_size is None, _patterns(keep), _stored_dtype(source, dtype))
+        plan = make_plan(source, fmt, scheme, group_size is None, keep, dtype)
         stream = None
         if solver.NEEDS_STATISTICS:
             _check_length(source, seqlen)
@@ -99,45 +98,6 @@ def quantize(
     return made
 
 
-@dataclass
-class Layer:
-    """A linear layer that will be quantized: where it is in the model, and its name on disk."""
-
-    path: str
-    stored: str
-    shape: tuple[int, int]
-
-
-@dataclass
-class Plan:
-    """Everything that is known before the first number is computed."""
-
-    scheme: Scheme
-    dtype: torch.dtype
-    blocks_path: str
-    blocks: nn.ModuleList
-    layers: list[dict[str, Layer]]  # one dict a block, by name within it
-    dense: list[str]  # on-disk names of weights that could have been quantized, for the config
-    specs: dict[str, Spec]
-    parameters: int = 0
-    quantized: int = 0
-
-
-def _patterns(keep: Iterable[str]) -> list[re.Pattern[str]]:
-    try:
-        return [re.compile(pattern) for pattern in keep]
-    except re.error as error:
-        raise SchemeError(f"--keep {error.pattern!r} is not a regular expression ({error}).") from error
-
-
-def _stored_dtype(source: Source, dtype: str | None) -> torch.dtype:
-    if dtype is None:
-        return torch.float16 if source.dtype is torch.float32 else source.dtype
-    if dtype not in _DTYPES:
-        raise SchemeError(f"dtype {dtype!r} is unknown; use {', '.join(_DTYPES)}.")
-    return _DTYPES[dtype]
-
-
 def _check_length(source: Source, seqlen: int) -> None:
     limit = getattr(source.config, "max_position_embeddings", None)
     if isinstance(limit, int) and seqlen > limit:
@@ -147,89 +107,6 @@ def _check_length(source: Source, seqlen: int) -> None:
 def _default_device() -> str:
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return "cpu" if accelerator is None else str(accelerator)
-
-
-def _plan(
-    source: Source, fmt: ModuleType, scheme: Scheme, auto_group: bool, keep: list[re.Pattern[str]], dtype: torch.dtype
-) -> Plan:
-    path, block_list = decoder.find_blocks(source.model, source.name)
-    layers = [_layers(source, f"{path}.{i}", block, keep) for i, block in enumerate(block_list)]
-    found = [layer for block in layers for layer in block.values()]
-    if not found:
-        raise ModelError(f"{source.name}: --keep leaves no layer to quantize. Name fewer layers.")
-    stored = dtype if fmt.QUANT_METHOD == "compressed-tensors" else torch.float16
-    scheme = replace(scheme, scale_dtype=str(stored).removeprefix("torch."))
-    if auto_group:
-        scheme = replace(scheme, group_size=_auto_group(found))
-    for layer in found:
-        fmt.check(scheme, layer.shape, layer.path)
-    specs = _specs(source, fmt, scheme, {layer.stored: layer for layer in found}, dtype)
-    plan = Plan(scheme, dtype, path, block_list, layers, _dense(source, found), specs)
-    plan.parameters = sum(torch.Size(entry.shape).numel() for entry in source.entries.values())
-    plan.quantized = sum(layer.shape[0] * layer.shape[1] for layer in found)
-    return plan
-
-
-def _layers(source: Source, path: str, block: nn.Module, keep: list[re.Pattern[str]]) -> dict[str, Layer]:
-    found = {}
-    for name, linear in decoder.find_linears(block, path, keep).items():
-        stored = source.on_disk(f"{path}.{name}.weight")
-        if stored is not None:  # a weight that transformers assembles from several tensors has no place on disk
-            shape = (linear.out_features, linear.in_features)
-            found[name] = Layer(f"{path}.{name}", stored.removesuffix(".weight"), shape)
-    return found
-
-
-def _auto_group(layers: list[Layer]) -> int:
-    for size in _AUTO_GROUPS:
-        if all(layer.shape[1] % size == 0 for layer in layers):
-            return size
-    odd = next(layer for layer in layers if layer.shape[1] % _AUTO_GROUPS[-1])
-    raise GroupSizeError(
-        f"{odd.path}: in_features {odd.shape[1]} is not a multiple of {', '.join(map(str, _AUTO_GROUPS))}. "
-        f"Choose with --group, or leave the layer dense with --keep {odd.path.rpartition('.')[2]}."
-    )
-
-
-def _specs(
-    source: Source, fmt: ModuleType, scheme: Scheme, quantized: dict[str, Layer], dtype: torch.dtype
-) -> dict[str, Spec]:
-    """Every tensor of the new checkpoint, in the order of the old one; packed ones by packing shapes on meta."""
-    specs: dict[str, Spec] = {}
-    cast = dtype is not source.dtype
-    for name, entry in source.entries.items():
-        layer = quantized.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
-        if layer is None:
-            floating = entry.dtype in _DTYPES.values()
-            specs[name] = Spec(dtype if cast and floating else entry.dtype, entry.shape)
-            continue
-        grids = layer.shape[0], scheme.groups(layer.shape[1])
-        empty = Solution(
-            torch.empty(layer.shape, dtype=torch.uint8, device="meta"),
-            torch.empty(grids, dtype=grid.scale_dtype(scheme), device="meta"),
-            torch.empty(grids, dtype=torch.uint8, device="meta"),
-            {},
-        )
-        for local, tensor in sorted(fmt.pack(empty, scheme).items()):
-            specs[f"{layer.stored}.{local}"] = Spec(tensor.dtype, tuple(tensor.shape))
-    return specs
-
-
-def _dense(source: Source, quantized: list[Layer]) -> list[str]:
-    """Matrices that stay dense, as a loader must be told: heads, routers, experts, kept layers; not embeddings."""
-    packed = {layer.stored for layer in quantized}
-    embeddings = {name for name, module in source.model.named_modules() if isinstance(module, nn.Embedding)}
-    dense = {
-        name.removesuffix(".weight")
-        for name, entry in source.entries.items()
-        if name.endswith(".weight")
-        and len(entry.shape) == 2
-        and name.removesuffix(".weight") not in packed
-        and source.tensors[name][0].removesuffix(".weight") not in embeddings
-    }
-    head = source.model.get_output_embeddings()
-    dense |= {name for name, module in source.model.named_modules() if module is head}  # tied: it has no tensor on disk
-    return sorted(dense)
 
 
 @dataclass
@@ -325,7 +202,7 @@ class _BlockRun:
     def quantize(self, writer: ShardWriter) -> list[dict[str, Any]]:
         """Solve, replace and write every layer of the block; one record each."""
         layers = self.job.plan.layers[self.index]
-        linears = {name: self.block.get_submodule(name) for name in layers}
+        linears = {name: m for name, m in self.block.named_modules() if name in layers and isinstance(m, nn.Linear)}
         records: list[dict[str, Any]] = []
         left = dict(linears)
         if self.captured is not None and linears:
@@ -426,6 +303,7 @@ def _report(
     fallbacks = [layer for layer in layers if "fallback" in layer]
     return {
         "model": source.name,
+        "repo": source.repo,
         "method": method,
         "format": format,
         "scheme": plan.scheme.to_dict(),
@@ -439,7 +317,7 @@ def _report(
         "seconds": round(time.perf_counter() - started, 1),
         "peak_rss_bytes": peak_rss_bytes(),
         "device": str(job.device),
-        "command": " ".join(sys.argv) if Path(sys.argv[0]).name in ("wq", "__main__.py") else "wq.quantize(...)",
+        "command": _command(),
         "versions": {
             "wq": wq.__version__,
             "torch": torch.__version__,
@@ -447,6 +325,13 @@ def _report(
             "python": platform.python_version(),
         },
     }
+
+
+def _command() -> str:
+    """The line that made this, when a line did; without the machine's path to wq."""
+    if Path(sys.argv[0]).name not in ("wq", "__main__.py"):
+        return "wq.quantize(...)"
+    return shlex.join(["wq", *sys.argv[1:]])
 
 
 def peak_rss_bytes() -> int:

@@ -43,12 +43,14 @@ _NOT_COPIED = {"config.json", "model.safetensors.index.json"}
 class Source:
     """A model to quantize.
 
-    name: what the user called it. folder: where its safetensors lie. config: its transformers config.
-    model: the `PreTrainedModel`, parameters on meta. entries: tensors on disk by name.
+    name: what the user called it. folder: where its safetensors lie. repo: its id on the Hub, if it came from there.
+    config: its transformers config. model: the `PreTrainedModel`, parameters on meta. entries: tensors on disk by
+    name. tensors: for each of them the parameter it becomes, and whether it is that parameter, only renamed.
     """
 
     def __init__(self, name: str, folder: Path, cleanup: ExitStack, trust_remote_code: bool = False):
         self.name, self.folder, self._cleanup = name, folder, cleanup
+        self.repo = None if Path(name).expanduser().exists() else name
         self._remote_code = trust_remote_code
         self.entries: dict[str, Entry] = read_headers(folder)
         self.config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
@@ -119,7 +121,7 @@ class Source:
                 device_map={"": device},
                 dtype=dtype,
                 dtype_plan=self.model._get_dtype_plan(dtype),
-                weight_mapping=get_model_conversion_mapping(self.model),
+                weight_mapping=get_model_conversion_mapping(self.model),  # type: ignore[arg-type]
             )
             info, _ = convert_and_load_state_dict_in_model(self.model, slices, loading, None)
         problems = [*info.mismatched_keys, *info.conversion_errors, *info.unexpected_keys]
@@ -141,9 +143,7 @@ class Source:
                     shutil.copyfile(file, folder / file.name)
 
 
-def map_names(
-    model: PreTrainedModel, names: Iterable[str]
-) -> tuple[dict[str, tuple[str, bool]], list[str], list[str]]:
+def map_names(model: PreTrainedModel, names: Iterable[str]) -> tuple[dict[str, tuple[str, bool]], list[str], list[str]]:
     """How tensors on disk become parameters: `(mapped, absent, unexpected)`.
 
     mapped: for each name on disk, the parameter it goes to and whether it is that parameter, only renamed (not merged
@@ -174,9 +174,7 @@ def map_names(
     return mapped, sorted(info.missing_keys - set(model.all_tied_weights_keys)), sorted(info.unexpected_keys)
 
 
-def open_source(
-    model: str | os.PathLike[str], revision: str | None = None, trust_remote_code: bool = False
-) -> Source:
+def open_source(model: str | os.PathLike[str], revision: str | None = None, trust_remote_code: bool = False) -> Source:
     """Open a repo id, a local folder or a GGUF file. Raises ModelError for anything that is not a dense model."""
     _quiet()
     cleanup = ExitStack()

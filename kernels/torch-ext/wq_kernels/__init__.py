@@ -3,8 +3,8 @@
 A backend is a module with
 
     def supports(bits) -> bool
-    def dequantize(packed, scale, zero_point, bits, in_features, dtype) -> Tensor
-    def linear(x, packed, scale, zero_point, bias, bits, in_features) -> Tensor
+    def dequantize(packed, scale, zero, bits, in_features, dtype) -> Tensor
+    def linear(x, packed, scale, zero, bias, bits, in_features) -> Tensor
 
 in the compressed-tensors layout (see `reference`). A new one adds its file and one line to `BACKENDS`, before
 `reference`, which takes everything and is the oracle for the others. Importing this package imports no backend,

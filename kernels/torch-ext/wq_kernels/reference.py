@@ -4,7 +4,7 @@ Layout, for a weight `[out_features, in_features]` with b bits and G groups:
 
     packed      int32 [out, ceil(in · b / 32)]   codes, a little-endian bit stream along in_features
     scale       float [out, G]
-    zero_point  int32 [ceil(out · b / 32), G]    the same stream along out_features, or None for the midpoint 2**(b-1)
+    zero        int32 [ceil(out · b / 32), G]    the same stream along out_features, or None for the midpoint 2**(b-1)
 """
 
 from __future__ import annotations
@@ -51,23 +51,23 @@ def _unpack_within_bytes(stream: Tensor, bits: int) -> Tensor:
 
 
 def dequantize(
-    packed: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int, in_features: int, dtype: torch.dtype
+    packed: Tensor, scale: Tensor, zero: Tensor | None, bits: int, in_features: int, dtype: torch.dtype
 ) -> Tensor:
     """The weight, `[out, in]` in `dtype`: `scale · (code − zero)`, rounded once."""
     out_features, groups = scale.shape
     codes = unpack(packed, bits, in_features).unflatten(-1, (groups, -1))
     # Codes and zero points are whole numbers below 257: exact in every float dtype, and so is their difference.
     work = scale.dtype if scale.dtype == dtype else torch.promote_types(torch.promote_types(scale.dtype, dtype), _F32)
-    if zero_point is None:
+    if zero is None:
         centered = codes.to(work) - (1 << (bits - 1))
     else:
-        zero = unpack(zero_point.t().contiguous(), bits, out_features).t().unsqueeze(-1)
-        centered = codes.to(work) - zero.to(work)
+        points = unpack(zero.t().contiguous(), bits, out_features).t().unsqueeze(-1)
+        centered = codes.to(work) - points.to(work)
     return (centered * scale.to(work).unsqueeze(-1)).flatten(-2).to(dtype)
 
 
 def linear(
-    x: Tensor, packed: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None, bits: int, in_features: int
+    x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, bits: int, in_features: int
 ) -> Tensor:
     """`x @ W.T + bias` for `x` `[..., in]`, in x's dtype."""
-    return functional.linear(x, dequantize(packed, scale, zero_point, bits, in_features, x.dtype), bias)
+    return functional.linear(x, dequantize(packed, scale, zero, bits, in_features, x.dtype), bias)

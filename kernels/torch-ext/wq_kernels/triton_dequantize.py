@@ -24,7 +24,7 @@ def supports(bits: int) -> bool:
 
 
 @triton.jit
-def _dequantize_kernel(
+def _dequantize_kernel(  # type: ignore[no-untyped-def]
     packed_ptr,  # int32 [N, words]
     scale_ptr,  # float [N, G]
     zero_ptr,  # int32 [ceil(N * BITS / 32), G], unused when SYMMETRIC
@@ -58,7 +58,7 @@ def _dequantize_kernel(
 
 
 def dequantize(
-    packed: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int, in_features: int, dtype: torch.dtype
+    packed: Tensor, scale: Tensor, zero: Tensor | None, bits: int, in_features: int, dtype: torch.dtype
 ) -> Tensor:
     """The weight, `[out, in]` in `dtype`; see `reference.dequantize`."""
     out_features, groups = scale.shape
@@ -67,7 +67,7 @@ def dequantize(
     _dequantize_kernel[grid](
         packed.contiguous(),
         scale.contiguous(),
-        packed if zero_point is None else zero_point.contiguous(),
+        packed if zero is None else zero.contiguous(),
         out,
         out_features,
         in_features,
@@ -75,7 +75,7 @@ def dequantize(
         groups,
         in_features // groups,
         BITS=bits,
-        SYMMETRIC=zero_point is None,
+        SYMMETRIC=zero is None,
         ROWS=_ROWS,
         COLUMNS=_COLUMNS,
     )
@@ -83,7 +83,7 @@ def dequantize(
 
 
 def linear(
-    x: Tensor, packed: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None, bits: int, in_features: int
+    x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, bits: int, in_features: int
 ) -> Tensor:
     """`x @ W.T + bias` for `x` `[..., in]`, in x's dtype."""
-    return functional.linear(x, dequantize(packed, scale, zero_point, bits, in_features, x.dtype), bias)
+    return functional.linear(x, dequantize(packed, scale, zero, bits, in_features, x.dtype), bias)

@@ -1,0 +1,5 @@
+"""`python -m wq` is `wq`."""
+
+from wq.cli import main
+
+main()

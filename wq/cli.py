@@ -1,0 +1,229 @@
+"""The command line. Heavy imports happen inside the commands, so that `wq --help` answers at once."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from wq.errors import WqError
+
+app = typer.Typer(
+    help="4-bit weights for Hugging Face transformers: quantize, evaluate, share.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+_out = Console()
+_err = Console(stderr=True)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object for programs, and nothing else.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, ...; the first GPU by default, or the CPU.")]
+
+
+def main() -> None:
+    """Entry point: a `WqError` becomes one line and exit code 1, an interrupt exit code 130."""
+    try:
+        app(standalone_mode=False)
+    except WqError as error:
+        _fail(f"{type(error).__name__}: {error}", 1)
+    except typer.Abort:
+        _fail("interrupted; nothing was written", 130)
+    except KeyboardInterrupt:
+        _fail("interrupted; nothing was written", 130)
+    except Exception as error:
+        usage = getattr(error, "format_message", None)  # click's way of saying that the words were wrong
+        if usage is None:
+            raise
+        _fail(f"{usage()} Try --help.", getattr(error, "exit_code", 2))
+
+
+def _fail(message: str, code: int) -> None:
+    _err.print(message, style="red", markup=False, highlight=False, soft_wrap=True)
+    sys.exit(code)
+
+
+@app.callback(invoke_without_command=True)
+def _version(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        from wq import __version__
+
+        print(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def quantize(
+    model: Annotated[str, typer.Argument(help="A repo id, a local folder or a GGUF file.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The folder to make.")],
+    method: Annotated[str, typer.Option(help="gptq, awq or rtn (which needs no data).")] = "gptq",
+    bits: Annotated[int, typer.Option(help="2, 3, 4 or 8.")] = 4,
+    group: Annotated[
+        int | None, typer.Option("--group", help="Columns that share a scale; -1: a row. Default: 128, or what fits.")
+    ] = None,
+    symmetric: Annotated[bool, typer.Option("--symmetric/--asymmetric", help="Without or with zero points.")] = True,
+    format: Annotated[str, typer.Option(help="compressed-tensors, gptq or awq.")] = "compressed-tensors",
+    calibration: Annotated[
+        str, typer.Option(help="c4, wikitext, a dataset id, a .txt/.jsonl/.parquet file, or builtin (no network).")
+    ] = "c4",
+    samples: Annotated[int, typer.Option(help="Calibration windows.")] = 128,
+    seqlen: Annotated[int, typer.Option(help="Tokens in a calibration window.")] = 512,
+    seed: Annotated[int, typer.Option(help="Chooses and orders the calibration text.")] = 0,
+    keep: Annotated[
+        list[str] | None, typer.Option(help="Regular expression: matching layers stay dense. May be repeated.")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Of scales and dense tensors: float16, bfloat16, float32. Default: the model's.")
+    ] = None,
+    device: Device = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the repo.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a folder that is not empty.")] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run modeling code that the repo brings.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Quantize a dense model into a folder that transformers and vLLM load."""
+    from wq import report
+    from wq.pipeline.quantizer import quantize as run
+
+    started = time.perf_counter()
+    with _progress("block", as_json) as update:
+        made = run(
+            model,
+            output,
+            method=method,
+            bits=bits,
+            group_size=group,
+            symmetric=symmetric,
+            format=format,
+            calibration=calibration,
+            samples=samples,
+            seqlen=seqlen,
+            seed=seed,
+            keep=keep or (),
+            dtype=dtype,
+            device=device,
+            revision=revision,
+            overwrite=overwrite,
+            trust_remote_code=trust_remote_code,
+            on_block=update and (lambda e: update(e["block"], e["blocks"], _block_note(e, started))),
+        )
+    if as_json:
+        print(json.dumps(made))
+        return
+    for layer in made["fallbacks"]:
+        _err.print(f"! {layer['layer']}: rounded to nearest: {layer['fallback']}", style="yellow", markup=False)
+    record = made["calibration"]
+    if record is not None and record["samples"] < samples:
+        short = f"! {record['source']} gave {record['samples']} windows, not {samples}"
+        _err.print(short, style="yellow", markup=False)
+    _out.print(f"{output}: {report.share(made)}", markup=False, highlight=False, soft_wrap=True)
+    _out.print(
+        f"{report.size(made['source_bytes'])} → {report.size(made['checkpoint_bytes'])} in {made['seconds']:.0f} s, "
+        f"peak memory {report.size(made['peak_rss_bytes'])}",
+        highlight=False,
+    )
+    _out.print(f"next: wq eval {output} --base {model}", markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command("eval")
+def evaluate(
+    model: Annotated[str, typer.Argument(help="A repo id, a local folder or a GGUF file; dense or quantized.")],
+    base: Annotated[str | None, typer.Option(help="The dense model, for KL and top-1 agreement with it.")] = None,
+    text: Annotated[str, typer.Option(help="wikitext (WikiText-2 test), or a local text file.")] = "wikitext",
+    seqlen: Annotated[int, typer.Option(help="Tokens in a window.")] = 2048,
+    windows: Annotated[int | None, typer.Option(help="Only the first so many windows.")] = None,
+    dtype: Annotated[str, typer.Option(help="What the models run in: auto, float32, float16, bfloat16.")] = "auto",
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Perplexity; with --base also KL and top-1 agreement on the same windows."""
+    from transformers.utils import logging
+
+    from wq.evaluate import evaluate as run
+
+    logging.disable_progress_bar()  # one bar, wq's own
+    with _progress("window", as_json) as update:
+        result = run(
+            model,
+            base=base,
+            text=text,
+            seqlen=seqlen,
+            windows=windows,
+            dtype=dtype,
+            device=device,
+            on_window=update and (lambda done, total: update(done, total, "")),
+        )
+    if as_json:
+        print(json.dumps(result))
+    else:
+        _out.print(evaluation_table(result))
+
+
+def evaluation_table(result: dict[str, Any]) -> Table:
+    """The figures of `wq.evaluate`, side by side with the base's."""
+    title = f"{result['text']}, {result['windows']} × {result['seqlen']} tokens, {result['dtype']}"
+    table = Table(title=title, title_justify="left")
+    for column in ("model", "perplexity", "KL mean", "median", "p99", "top-1"):
+        table.add_column(column, justify="left" if column == "model" else "right")
+    base, kl = result.get("base"), result.get("kl")
+    if base:
+        table.add_row(base["model"], f"{base['perplexity']:.3f}", "0", "0", "0", "100 %")
+    compared = [f"{kl[key]:.4f}" for key in ("mean", "median", "p99")] if kl else ["–"] * 3
+    agreement = f"{result['top1_agreement']:.1%}" if kl else "–"
+    table.add_row(result["model"], f"{result['perplexity']:.3f}", *compared, agreement)
+    return table
+
+
+@app.command()
+def push(
+    folder: Annotated[Path, typer.Argument(help="A checkpoint folder.")],
+    repo: Annotated[str, typer.Argument(help="organisation/name on the Hub.")],
+    private: Annotated[bool, typer.Option("--private", help="Create the repo private.")] = False,
+    no_eval: Annotated[bool, typer.Option("--no-eval", help="Push although the card has no measured figures.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Upload a checkpoint with its card to the Hub."""
+    from wq.hub import push as run
+
+    address = run(folder, repo, private=private, require_evaluation=not no_eval)
+    print(json.dumps({"repo": repo, "url": address})) if as_json else _out.print(address, highlight=False)
+
+
+@contextmanager
+def _progress(verb: str, quiet: bool) -> Iterator[Callable[[int, int, str], None] | None]:
+    """A callback `(done, total, note)`: it moves a bar in a terminal and prints a line elsewhere; None when quiet."""
+    if quiet:
+        yield None
+    elif not _err.is_terminal:
+        yield lambda done, total, note: _err.print(
+            f"{verb} {done}/{total}  {note}".rstrip(), markup=False, highlight=False, soft_wrap=True
+        )
+    else:
+        note = TextColumn("{task.fields[note]}")
+        columns = TextColumn(verb), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), note
+        with Progress(*columns, console=_err, transient=True) as bar:
+            task = bar.add_task(verb, total=None, note="")
+            yield lambda done, total, note: bar.update(task, completed=done, total=total, note=note)
+
+
+def _block_note(event: dict[str, Any], started: float) -> str:
+    """Errors of a block's layers, and the time its blocks take."""
+    errors = [f"{r['layer'].rpartition('.')[2]} {r['error']:.1e}" for r in event["layers"] if "error" in r]
+    spent = time.perf_counter() - started
+    left = spent / event["block"] * (event["blocks"] - event["block"])
+    return f"{'  '.join(errors)}  {event['seconds']:.1f} s  ETA {left:.0f} s".lstrip()
+
+
+if __name__ == "__main__":
+    main()
