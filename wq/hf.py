@@ -234,7 +234,7 @@ def _scheme_of(model: nn.Module, path: str, tensors: dict[str, Entry], config: d
         linear = model.get_submodule(path)
     except AttributeError:
         linear = None
-    if type(linear) is not nn.Linear:
+    if linear is None or not decoder.is_linear(linear):
         what = "is not in the model" if linear is None else f"is a {type(linear).__name__}, not an nn.Linear"
         raise CheckpointError(f"{path} has packed weights but {what}.")
     absent = {"weight_packed", "weight_scale"} - set(tensors)
@@ -309,7 +309,9 @@ class _Dequantize(ConversionOps):
 
     def convert(  # type: ignore[override]
         self, input_dict: dict[str, Any], full_layer_name: str, model: PreTrainedModel, **kwargs: Any
-    ) -> dict[str, Tensor]:
+    ) -> dict[str, Any]:
+        if set(input_dict) - {"weight", *_PACKED}:  # tensors on their way to a merge, experts say; they are dense
+            return input_dict
         tensors = {name: v[0] if isinstance(v, list) else v for name, v in input_dict.items()}
         dtype = model.get_parameter_or_buffer(full_layer_name).dtype
         if "weight_packed" not in tensors:

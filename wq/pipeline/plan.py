@@ -54,11 +54,12 @@ def make_plan(
     Raises ModelError, GroupSizeError, FormatError and SchemeError for everything that cannot work.
     """
     path, block_list = decoder.find_blocks(source.model, source.name)
+    keep = tuple(keep)
     kept = patterns(keep)
     layers = [_layers(source, f"{path}.{i}", block, kept) for i, block in enumerate(block_list)]
     found = [layer for block in layers for layer in block.values()]
     if not found:
-        raise ModelError(f"{source.name}: --keep leaves no layer to quantize. Name fewer layers.")
+        raise ModelError(f"{source.name}: no layer is left to quantize; keep={list(keep)} covers all of them.")
     stored = stored_dtype(source, dtype)
     # gptq and awq know float16 scales only, whatever the model's dtype.
     scales = stored if fmt.QUANT_METHOD == "compressed-tensors" else torch.float16
