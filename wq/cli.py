@@ -140,7 +140,7 @@ def quantize(
 def evaluate(
     model: Annotated[str, typer.Argument(help="A repo id, a local folder or a GGUF file; dense or quantized.")],
     base: Annotated[str | None, typer.Option(help="The dense model, for KL and top-1 agreement with it.")] = None,
-    text: Annotated[str, typer.Option(help="wikitext (WikiText-2 test), or a local text file.")] = "wikitext",
+    text: Annotated[str, typer.Option(help="wikitext (WikiText-2 test), a local text file, or builtin.")] = "wikitext",
     seqlen: Annotated[int, typer.Option(help="Tokens in a window.")] = 2048,
     windows: Annotated[int | None, typer.Option(help="Only the first so many windows.")] = None,
     dtype: Annotated[str, typer.Option(help="What the models run in: auto, float32, float16, bfloat16.")] = "auto",

@@ -8,8 +8,10 @@ often both rank the same token first. Logits are compared a slice of a window at
 
 from __future__ import annotations
 
+import ast
 import math
 import os
+import sysconfig
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -24,6 +26,7 @@ from wq import report
 from wq.errors import CalibrationError, ModelError
 
 WIKITEXT = "wikitext"
+BUILTIN = "builtin"
 _SLICE = 256  # tokens whose float32 distributions over the vocabulary are held at once
 
 WindowCallback = Callable[[int, int], None]
@@ -43,7 +46,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Perplexity of `model` on `text`; with `base`, also KL and top-1 agreement with it on the same windows.
 
-    text: `wikitext` (WikiText-2 test, from the Hub) or a local text file, taken as it is. windows: only the
+    text: `wikitext` (WikiText-2 test, from the Hub), a local text file, taken as it is, or `builtin`, which needs no
+    network. windows: only the
     first so many. dtype: what both models run in. If `model` is a folder that wq made, its report and card are
     updated with the figures. Raises ModelError, CalibrationError.
     """
@@ -100,17 +104,36 @@ def _read_text(text: str) -> str:
     path = Path(text).expanduser()
     if path.is_file():
         return path.read_text(encoding="utf-8")
+    if text == BUILTIN:
+        return _standard_library_prose()
     if text != WIKITEXT:
-        raise CalibrationError(f"evaluation text {text} does not exist. Give {WIKITEXT!r} or a local text file.")
+        raise CalibrationError(
+            f"evaluation text {text} does not exist. Give {WIKITEXT!r}, {BUILTIN!r} or a local text file."
+        )
     import datasets
 
     try:
         rows = datasets.load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split="test")
     except Exception as error:  # datasets, fsspec and httpx each raise their own
         raise CalibrationError(
-            f"WikiText-2 could not be fetched ({str(error).strip()[:200]}). Give a local copy with --text FILE."
+            f"WikiText-2 could not be fetched ({str(error).strip()[:200]}). Give a local copy with --text FILE, "
+            f"or use --text {BUILTIN}, which needs no network."
         ) from error
     return "\n\n".join(rows["text"])
+
+
+def _standard_library_prose() -> str:
+    """Module and class docstrings of Python's standard library: English on every machine, none of it in the language
+    reference that `--calibration builtin` learns from. Good for a first look; publish figures on WikiText-2."""
+    documents = []
+    for file in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
+        try:
+            tree = ast.parse(file.read_bytes())
+        except SyntaxError:  # a file that is not meant for this Python
+            continue
+        nodes: list[ast.Module | ast.ClassDef] = [tree, *(node for node in tree.body if isinstance(node, ast.ClassDef))]
+        documents += [text for node in nodes if (text := ast.get_docstring(node)) and len(text) > 200]
+    return "\n\n".join(documents)
 
 
 def _check_vocabularies(model: Any, base: Any, one: Any, other: Any, subject: Any, reference: Any) -> None:

@@ -44,7 +44,7 @@ def card(report: dict[str, Any]) -> str:
     grid = "symmetric" if scheme["symmetric"] else "asymmetric"
     name = Path(report["model"]).name
     rows = [
-        ("Base model", f"`{report['repo'] or name}`"),
+        ("Base model", f"`{report.get('repo') or name}`"),
         ("Method", report["method"].upper()),
         ("Bits / group size / grid", f"{scheme['bits']} / {group} / {grid}"),
         ("Format", f"{report['format']}, {report['dtype']} scales and dense tensors"),
@@ -80,7 +80,7 @@ def card(report: dict[str, Any]) -> str:
 
 def _header(report: dict[str, Any]) -> str:
     lines = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
-    if report["repo"] is not None:
+    if report.get("repo"):
         lines += [f"base_model: {report['repo']}", "base_model_relation: quantized"]
     tags = ["wq", report["method"], report["format"], f"{report['scheme']['bits']}-bit"]
     return "\n".join([*lines, "tags:", *(f"- {tag}" for tag in dict.fromkeys(tags)), "---", ""])

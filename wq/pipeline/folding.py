@@ -56,8 +56,8 @@ def find(block: nn.Module, readers: list[str], source: tuple[str, nn.Module] | N
     if source is not None:
         weight = getattr(source[1], "weight", None)
         is_norm = "norm" in type(source[1]).__name__.lower() and isinstance(weight, Tensor)
-        fits = is_norm and tuple(weight.shape) == (in_features,)  # type: ignore[union-attr]
-        return Fold(*source) if fits else None
+        if is_norm:
+            return Fold(*source) if tuple(weight.shape) == (in_features,) else None  # type: ignore[union-attr]
     for producer, reader in LINEAR_FOLDS:
         if len(readers) == 1 and readers[0].endswith(reader):
             name = readers[0].removesuffix(reader) + producer

@@ -7,6 +7,8 @@ plain torch moves the codes several times over. 2, 4 and 8 bits, whose values ne
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 import triton
 import triton.language as tl
@@ -44,8 +46,10 @@ def _dequantize_kernel(  # type: ignore[no-untyped-def]
     n = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
     k = (tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)).to(tl.int64)[None, :]
     inside = (n < N) & (k < K)
-    word = tl.load(packed_ptr + n * words + k // PER_WORD, mask=inside, other=0)
-    code = (word >> ((k % PER_WORD) * BITS).to(tl.int32)) & MASK
+    w = tl.program_id(1) * (COLUMNS // PER_WORD) + tl.arange(0, COLUMNS // PER_WORD)[None, :]
+    word = tl.load(packed_ptr + n * words + w, mask=(n < N) & (w < words), other=0)
+    code = (word[:, :, None] >> (tl.arange(0, PER_WORD) * BITS)[None, None, :]) & MASK
+    code = tl.reshape(code, (ROWS, COLUMNS))
     group = k // group_size
     scale = tl.load(scale_ptr + n * groups + group, mask=inside, other=0.0).to(tl.float32)
     if SYMMETRIC:
@@ -57,6 +61,11 @@ def _dequantize_kernel(  # type: ignore[no-untyped-def]
     tl.store(out_ptr + n * K + k, weight.to(out_ptr.dtype.element_ty), mask=inside)
 
 
+def _on(device: torch.device) -> AbstractContextManager[object]:
+    """Triton launches on the current device, whatever device the tensors are on: make it theirs."""
+    return nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device)
+
+
 def dequantize(
     packed: Tensor, scale: Tensor, zero: Tensor | None, bits: int, in_features: int, dtype: torch.dtype
 ) -> Tensor:
@@ -64,21 +73,22 @@ def dequantize(
     out_features, groups = scale.shape
     out = torch.empty(out_features, in_features, dtype=dtype, device=packed.device)
     grid = (triton.cdiv(out_features, _ROWS), triton.cdiv(in_features, _COLUMNS))
-    _dequantize_kernel[grid](
-        packed.contiguous(),
-        scale.contiguous(),
-        packed if zero is None else zero.contiguous(),
-        out,
-        out_features,
-        in_features,
-        packed.shape[1],
-        groups,
-        in_features // groups,
-        BITS=bits,
-        SYMMETRIC=zero is None,
-        ROWS=_ROWS,
-        COLUMNS=_COLUMNS,
-    )
+    with _on(packed.device):
+        _dequantize_kernel[grid](
+            packed.contiguous(),
+            scale.contiguous(),
+            packed if zero is None else zero.contiguous(),
+            out,
+            out_features,
+            in_features,
+            packed.shape[1],
+            groups,
+            in_features // groups,
+            BITS=bits,
+            SYMMETRIC=zero is None,
+            ROWS=_ROWS,
+            COLUMNS=_COLUMNS,
+        )
     return out
 
 

@@ -1,0 +1,115 @@
+"""Finding the blocks, grouping layers by shared input, and catching what goes into them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from wq.errors import ModelError
+from wq.pipeline import blocks as decoder
+
+TinyModel = Callable[..., Path]
+
+
+def model_of(path: Path) -> nn.Module:
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+
+
+GROUPS = {
+    "llama": [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]],
+    "phi": [["q_proj", "k_proj", "v_proj", "fc1"], ["dense"], ["fc2"]],  # attention and MLP run side by side
+    "opt": [["q_proj", "k_proj", "v_proj"], ["out_proj"], ["fc1"], ["fc2"]],
+    "gpt_neox": [["query_key_value"], ["dense"], ["dense_h_to_4h"], ["dense_4h_to_h"]],
+}
+
+
+@pytest.mark.parametrize("architecture", GROUPS)
+def test_layers_that_share_an_input_are_found_without_a_table(architecture: str, tiny_model: TinyModel) -> None:
+    model = model_of(tiny_model(architecture))
+    path, blocks = decoder.find_blocks(model, architecture)
+    captured = decoder.capture(model.base_model, blocks, [torch.randint(2, 258, (2, 16))], architecture)
+    linears = decoder.find_linears(blocks[0], f"{path}.0", [])
+    groups, producers = decoder.trace(blocks[0], linears, lambda: captured.run(blocks[0], 0, 0))
+    short = [sorted(name.rpartition(".")[2] for name in group) for group in groups]
+    assert sorted(short) == sorted(sorted(group) for group in GROUPS[architecture])
+    assert "norm" in producers[groups[0][0]][0].lower()
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", "gemma3_text", "opt", "falcon", "phi", "mixtral"])
+def test_running_block_by_block_is_running_the_model(architecture: str, tiny_model: TinyModel) -> None:
+    """Catches wrong masks, positions and per-layer arguments: Gemma's layers differ in theirs."""
+    model = model_of(tiny_model(architecture))
+    _, blocks = decoder.find_blocks(model, architecture)
+    batches = [torch.randint(2, 258, (3, 40)), torch.randint(2, 258, (1, 40))]  # a short last batch
+    captured = decoder.capture(model.base_model, blocks, batches, architecture)
+    for index, block in enumerate(blocks):
+        captured.advance(block, index)
+    last: list[Tensor] = []
+    blocks[-1].register_forward_hook(lambda m, a, out: last.append(out[0] if isinstance(out, tuple) else out))
+    with torch.no_grad():
+        for batch in batches:
+            model(input_ids=batch, use_cache=False)
+    for ours, theirs in zip(captured.hidden, last, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_statistics_are_the_mean_of_x_xt_over_every_token(generator: torch.Generator) -> None:
+    layer = nn.Linear(24, 8)
+    inputs = [torch.randn(3, 7, 24, generator=generator), torch.randn(1, 5, 24, generator=generator)]
+    (statistics,) = decoder.collect([layer], lambda i: layer(inputs[i]), 2)
+    rows = torch.cat([x.flatten(0, 1) for x in inputs]).double()
+    expected = rows.T @ rows / len(rows)
+    assert statistics.tokens == 26
+    assert (statistics.second_moment - expected).norm() / expected.norm() < 1e-6
+
+
+def test_a_pass_stops_once_it_has_what_it_came_for() -> None:
+    first, second = nn.Linear(4, 4), nn.Linear(4, 4)
+    ran: list[int] = []
+
+    def run(batch: int) -> None:
+        second(first(torch.ones(1, 4)))
+        ran.append(batch)
+
+    decoder.collect([first], run, 3)
+    assert ran == []
+
+
+class Tampering(nn.Module):
+    """Adds to the hidden states between blocks, as no block-by-block run would."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8)])
+
+    def forward(self, input_ids: Tensor, use_cache: bool) -> Tensor:
+        hidden = input_ids.float().unsqueeze(-1).expand(-1, -1, 8)
+        for layer in self.layers:
+            hidden = layer(hidden) + 1
+        return hidden
+
+
+def test_a_model_that_works_between_its_blocks_is_refused() -> None:
+    model = Tampering()
+    with pytest.raises(ModelError, match="between blocks 0 and 1"):
+        decoder.capture(model, model.layers, [torch.ones(1, 4, dtype=torch.long)], "tampering")
+    assert "forward" not in model.layers[0].__dict__  # the blocks are themselves again
+
+
+def test_masks_and_positions_are_kept_once(tiny_model: TinyModel) -> None:
+    model = model_of(tiny_model())
+    _, blocks = decoder.find_blocks(model, "llama")
+    captured = decoder.capture(model.base_model, blocks, [torch.randint(2, 258, (2, 16)) for _ in range(4)], "llama")
+    cosines = {id(call.kwargs["position_embeddings"][0]) for calls in captured.calls for call in calls}
+    assert len(cosines) == 1
+
+
+def test_routers_stay_out(tiny_model: TinyModel) -> None:
+    block = nn.ModuleDict({"gate": nn.Linear(8, 4), "gate_proj": nn.Linear(8, 8), "mlp_router": nn.Linear(8, 4)})
+    block["router"] = nn.Linear(8, 4)
+    assert set(decoder.find_linears(block, "layers.0", [])) == {"gate_proj", "mlp_router"}
