@@ -12,7 +12,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 
-SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+# Tensors this small only wait for each other: two threads on two busy cores are several times slower than one.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

@@ -8,10 +8,6 @@ from torch import Tensor
 from wq.scheme import Scheme
 from wq.solvers import Solution, Statistics
 
-torch.set_num_threads(
-    1
-)  # tensors this small only wait for each other: two threads on two busy cores are 7 times slower
-
 
 def weights(generator: torch.Generator, out_features: int, in_features: int) -> Tensor:
     """Gaussian rows of different sizes with a few outliers, `[out, in]`."""

@@ -9,7 +9,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from hub_server import HubServer
+from safetensors.torch import load, load_file
 
 from wq.errors import ModelError
 from wq.evaluate import evaluate
@@ -75,7 +77,10 @@ def test_model_push_to_hub_uploads_the_packed_checkpoint(hub: HubServer, checkpo
     assert done.returncode == 0, done.stderr
     files = hub.files("me/pushed")
     assert b'"compressed-tensors"' in files["config.json"]
-    assert len(files["model.safetensors"]) == (checkpoint / "model.safetensors").stat().st_size
+    uploaded = load(files["model.safetensors"])
+    saved = load_file(checkpoint / "model.safetensors")
+    assert uploaded.keys() == saved.keys()
+    assert all(torch.equal(uploaded[name], saved[name]) for name in saved)
 
 
 def test_a_refusal_is_one_line(hub: HubServer, checkpoint: Path, tmp_path: Path) -> None:

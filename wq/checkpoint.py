@@ -7,11 +7,13 @@ tensor goes to its place the moment it exists: memory does not grow with the mod
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from math import prod
 from pathlib import Path
 from typing import IO, Any
@@ -68,21 +70,33 @@ def read_header(file: Path) -> dict[str, Entry]:
         length = int.from_bytes(stream.read(8), "little")
         if length > min(_MAX_HEADER_BYTES, size - 8) or size < 8:
             raise CheckpointError(f"{file}: not a safetensors file, or cut short: {size} bytes. Download it again.")
-        try:
-            header = json.loads(stream.read(length))
-        except ValueError as error:
-            raise CheckpointError(f"{file}: its header is not JSON ({error}). Download it again.") from error
+        header = _json_object(stream.read(length), file)
     header.pop("__metadata__", None)
-    return {name: _entry(file, name, values, 8 + length, size) for name, values in header.items()}
+    entries = {name: _entry(file, name, values, 8 + length, size) for name, values in header.items()}
+    ordered = sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop))
+    for (one, first), (two, second) in pairwise(ordered):
+        if second.start < first.stop:
+            raise CheckpointError(f"{file}: {one} and {two} claim the same bytes. The file is damaged.")
+    return entries
+
+
+def _json_object(text: bytes | str, file: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file}: what should be JSON is not ({error}). Download it again.") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{file}: a JSON object was expected, not a {type(value).__name__}. Download it again.")
+    return value
 
 
 def _entry(file: Path, name: str, values: Any, base: int, size: int) -> Entry:
     try:
         dtype, shape, (start, stop) = _DTYPES[values["dtype"]], tuple(values["shape"]), values["data_offsets"]
-        expected = prod(shape) * dtype.itemsize
+        whole = all(type(number) is int and number >= 0 for number in (*shape, start, stop))
     except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{file}: {name} has a header entry that cannot be read: {values}.") from error
-    if stop - start != expected or start < 0 or base + stop > size:
+        raise CheckpointError(f"{file}: {name} has a header entry that cannot be read: {str(values)[:200]}.") from error
+    if not whole or stop - start != prod(shape) * dtype.itemsize or base + stop > size:
         raise CheckpointError(
             f"{file}: {name} claims bytes {start} to {stop} for {dtype} {list(shape)}, in a file of {size} bytes. "
             "The file is damaged; download it again."
@@ -93,17 +107,15 @@ def _entry(file: Path, name: str, values: Any, base: int, size: int) -> Entry:
 def read_headers(folder: Path) -> dict[str, Entry]:
     """Every tensor of the checkpoint in `folder`, single file or sharded. Raises CheckpointError."""
     index = folder / INDEX
-    if index.exists():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        outside = [name for name in names if Path(name).name != name]
-        if outside:
-            raise CheckpointError(f"{index}: shard {outside[0]!r} is not a plain file name in this folder.")
-        files = [folder / name for name in names]
+    if (folder / SINGLE).is_file():  # transformers prefers it, too
+        files = [folder / SINGLE]
+    elif index.is_file():
+        files = [folder / name for name in _shard_list(index)]
     else:
-        files = sorted(folder.glob("*.safetensors"))
-    missing = [file.name for file in files if not file.exists()]
-    if missing or not files:
-        raise CheckpointError(f"{folder}: {missing[0] if missing else 'no *.safetensors file'} is not there.")
+        raise CheckpointError(f"{folder}: there is neither {SINGLE} nor {INDEX}.")
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
+        raise CheckpointError(f"{folder}: {missing[0]} is not there. Download it again.")
     entries: dict[str, Entry] = {}
     for file in files:
         for name, entry in read_header(file).items():
@@ -111,6 +123,18 @@ def read_headers(folder: Path) -> dict[str, Entry]:
                 raise CheckpointError(f"{folder}: {name} is in both {entries[name].file.name} and {file.name}.")
             entries[name] = entry
     return entries
+
+
+def _shard_list(index: Path) -> list[str]:
+    """The shards an index names: plain names of files in its own folder, nothing that leads elsewhere."""
+    weight_map = _json_object(index.read_bytes(), index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index}: it has no weight_map. Download it again.")
+    names = list(weight_map.values())
+    for name in names:
+        if not isinstance(name, str) or name in ("", ".", "..") or Path(name).name != name:
+            raise CheckpointError(f"{index}: shard {name!r} is not a plain file name in this folder.")
+    return sorted(set(names))
 
 
 def read_tensor(entry: Entry) -> Tensor:
@@ -163,11 +187,11 @@ class ShardWriter:
             self._open(folder / name, {key: specs[key] for key in shard})
         if len(shards) > 1:
             weight_map = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
-            index = {"metadata": {"total_size": self.bytes}, "weight_map": dict(sorted(weight_map.items()))}
+            index = {"metadata": {"total_size": self.total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
             write_text(folder / INDEX, json.dumps(index, indent=2) + "\n")
 
     @property
-    def bytes(self) -> int:
+    def total_bytes(self) -> int:
         """What the tensors take, headers aside."""
         return sum(spec.bytes for spec in self._specs.values())
 
@@ -184,42 +208,44 @@ class ShardWriter:
         self._files.append(file)
         file.write(len(text).to_bytes(8, "little") + text)
         base = file.tell()
-        try:
-            if offset:
-                os.posix_fallocate(file.fileno(), base, offset)  # a full disk is found now, not hours later
-        except OSError as error:
-            raise OutputError(f"{path}: cannot reserve {offset} bytes ({error.strerror}). Free some space.") from error
+        _reserve(file, base, offset)
         for name in specs:
             self._places[name] = (file, base + header[name]["data_offsets"][0])
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Put `tensor` in its place; its dtype and shape must be the announced ones."""
-        spec = self._specs[name]
-        if tensor.dtype != spec.dtype or tuple(tensor.shape) != spec.shape:
-            raise CheckpointError(
-                f"{name}: {tensor.dtype} {list(tensor.shape)} computed, {spec.dtype} {list(spec.shape)} announced."
-            )
-        file, offset = self._places[name]
-        file.seek(offset)
+        file = self._place(name, tensor.dtype, tuple(tensor.shape))
         file.write(_memory(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)))
         self._left.discard(name)
 
     def copy(self, name: str, entry: Entry) -> None:
         """Put a tensor of another file in its place, cast to the announced dtype if that differs."""
-        spec = self._specs[name]
-        if entry.dtype != spec.dtype:
-            self.write(name, read_tensor(entry).to(spec.dtype))
+        wanted = self._specs[name].dtype
+        if entry.dtype != wanted:
+            self.write(name, read_tensor(entry).to(wanted))
             return
-        file, offset = self._places[name]
-        file.seek(offset)
+        file = self._place(name, entry.dtype, entry.shape)
         with entry.file.open("rb") as source:
             source.seek(entry.start)
             left = entry.bytes
             while left:
                 piece = source.read(min(left, 1 << 24))
+                if not piece:
+                    raise CheckpointError(f"{entry.file}: ends before byte {entry.stop}. Download it again.")
                 file.write(piece)
                 left -= len(piece)
         self._left.discard(name)
+
+    def _place(self, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> IO[bytes]:
+        """The file that holds `name`, at its place."""
+        spec = self._specs[name]
+        if dtype != spec.dtype or shape != spec.shape:
+            raise CheckpointError(f"{name}: {dtype} {list(shape)} computed, {spec.dtype} {list(spec.shape)} announced.")
+        if name not in self._left:
+            raise CheckpointError(f"{name}: written twice.")
+        file, offset = self._places[name]
+        file.seek(offset)
+        return file
 
     def __enter__(self) -> ShardWriter:
         return self
@@ -232,6 +258,17 @@ class ShardWriter:
             file.close()
         if kind is None and self._left:
             raise CheckpointError(f"{len(self._left)} tensors were announced but not written: {min(self._left)}, ...")
+
+
+def _reserve(file: IO[bytes], start: int, count: int) -> None:
+    """Claim the space now, so that a full disk is found before the work and not after it."""
+    try:
+        if count and hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), start, count)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            return  # a file system that cannot reserve; writing will tell
+        raise OutputError(f"{file.name}: cannot reserve {count} bytes ({error.strerror}). Free some space.") from error
 
 
 def _shards(specs: dict[str, Spec], limit: int) -> Iterator[list[str]]:
@@ -261,11 +298,12 @@ def write_text(path: Path, text: str) -> None:
 
 def check_output(path: Path, overwrite: bool = False) -> None:
     """Raise OutputError unless a new folder can be put at `path`."""
-    if path.is_file():
-        raise OutputError(f"{path} is a file. Choose a folder that does not exist yet.")
+    path = path.resolve()
+    if path.exists() and not path.is_dir():
+        raise OutputError(f"{path} is not a folder. Choose one that does not exist yet.")
     if path.is_dir() and any(path.iterdir()) and not overwrite:
         raise OutputError(f"{path} is not empty. Choose another folder, or replace it with --overwrite.")
-    parent = path.absolute().parent
+    parent = path.parent
     existing = next(folder for folder in (parent, *parent.parents) if folder.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise OutputError(f"{existing} cannot be written to. Choose another folder.")
@@ -278,11 +316,14 @@ def staged(path: Path, overwrite: bool = False) -> Iterator[Path]:
     `path` is never half-written: it holds what it held before, or the complete new content.
     """
     check_output(path, overwrite)
-    path = path.absolute()
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path = path.resolve()  # behind a link, the folder it leads to
     stage = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    shutil.rmtree(stage, ignore_errors=True)
-    stage.mkdir()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(stage, ignore_errors=True)
+        stage.mkdir()
+    except OSError as error:
+        raise OutputError(f"{path} cannot be made ({error.strerror}). Choose another folder.") from error
     try:
         yield stage
         _publish(stage, path)

@@ -148,11 +148,8 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Perplexity; with --base also KL and top-1 agreement on the same windows."""
-    from transformers.utils import logging
-
     from wq.evaluate import evaluate as run
 
-    logging.disable_progress_bar()  # one bar, wq's own
     with _progress("window", as_json) as update:
         result = run(
             model,

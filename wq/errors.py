@@ -43,3 +43,9 @@ class CheckpointError(WqError):
 
 class HubError(WqError):
     """An upload that the Hub refused or could not be reached for."""
+
+
+def first_line(error: BaseException) -> str:
+    """What another library said, short enough to quote."""
+    text = str(error).strip()
+    return text.splitlines()[0][:200] if text else type(error).__name__

@@ -23,7 +23,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from wq import report
-from wq.errors import CalibrationError, ModelError
+from wq.errors import CalibrationError, ModelError, first_line
+from wq.machine import default_device
 
 WIKITEXT = "wikitext"
 BUILTIN = "builtin"
@@ -53,7 +54,7 @@ def evaluate(
     """
     from wq.hf import load
 
-    place = device or _default_device()
+    place = device or default_device()
     subject, tokenizer = load(model, dtype=dtype, device=place)
     tokens = read_tokens(text, tokenizer, seqlen, windows)
     reference = None
@@ -81,11 +82,6 @@ def evaluate(
     }
     _record(Path(model), result)
     return result
-
-
-def _default_device() -> str:
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return "cpu" if accelerator is None else str(accelerator)
 
 
 def read_tokens(text: str, tokenizer: Any, seqlen: int, windows: int | None = None) -> Tensor:
@@ -116,7 +112,7 @@ def _read_text(text: str) -> str:
         rows = datasets.load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split="test")
     except Exception as error:  # datasets, fsspec and httpx each raise their own
         raise CalibrationError(
-            f"WikiText-2 could not be fetched ({str(error).strip()[:200]}). Give a local copy with --text FILE, "
+            f"WikiText-2 could not be fetched ({first_line(error)}). Give a local copy with --text FILE, "
             f"or use --text {BUILTIN}, which needs no network."
         ) from error
     return "\n\n".join(rows["text"])

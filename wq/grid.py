@@ -62,7 +62,10 @@ def search(weight: Tensor, scheme: Scheme, importance: Tensor | None = None) -> 
 
 
 def cover(weight: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
-    """The plain grid, without a search: the scale and zero point that just cover each group's range, clipping none."""
+    """The plain grid, without a search: the scale and zero point that just cover each group's range.
+
+    Symmetric, that is the range up to the largest weight; one of nearly its size and the other sign clips a little.
+    """
     w = grouped(weight.float(), scheme.groups(weight.shape[1]))
     if scheme.symmetric:
         largest = w.gather(-1, w.abs().argmax(-1, keepdim=True)).squeeze(-1)
@@ -102,7 +105,7 @@ def scale_dtype(scheme: Scheme) -> torch.dtype:
 def _stored(scale: Tensor, scheme: Scheme) -> Tensor:
     """`scale` as the checkpoint will hold it: rounded to its dtype, finite, and never so small that it vanishes."""
     dtype = scale_dtype(scheme)
-    smallest = 1e-5 if dtype is torch.float16 else 1e-30
+    smallest = 1e-7 if dtype is torch.float16 else 1e-30
     bounded = scale.abs().clamp(smallest, torch.finfo(dtype).max)
     return torch.where(scale < 0, -bounded, bounded).to(dtype).float()
 
@@ -146,8 +149,9 @@ def _search_symmetric(w: Tensor, omega: Tensor, scheme: Scheme) -> tuple[Tensor,
     mid = scheme.midpoint
     low, high = -mid, mid - 1
     largest = w.gather(-1, w.abs().argmax(-1, keepdim=True)).squeeze(-1)  # [rows, groups], signed
-    # The scale that puts the largest weight on the extra negative code, and the one that puts it on the positive end.
-    full, plain = -largest / mid, largest / (mid - 0.5)
+    # The scale that puts the largest weight on the extra negative code, the one that clips it evenly on the positive
+    # end, and (not scaled further) the one of weights that were on a plain symmetric grid before.
+    full, plain, exact = -largest / mid, largest / (mid - 0.5), largest / (mid - 1)
     ratios = _ratios(scheme, w.device)
     step = float(ratios[1] - ratios[0])
     zero = torch.full_like(full, mid)
@@ -156,6 +160,8 @@ def _search_symmetric(w: Tensor, omega: Tensor, scheme: Scheme) -> tuple[Tensor,
         for ratio in ratios.tolist():
             scale = _stored(base * ratio, scheme)
             best.offer(_error(w, omega, scale, low, high), scale)
+    scale = _stored(torch.where(exact == 0, 1.0, exact), scheme)
+    best.offer(_error(w, omega, scale, low, high), scale)
     center = best.scale
     for offset in torch.linspace(-step, step, 16).tolist():
         scale = _stored(center + offset * full, scheme)
@@ -171,7 +177,8 @@ def _search_asymmetric(w: Tensor, omega: Tensor, scheme: Scheme) -> tuple[Tensor
     cover = torch.where(cover == 0, 1.0, cover)
     ratios = _ratios(scheme, w.device)
     step = float(ratios[1] - ratios[0])
-    best = _Best(_stored(cover, scheme), torch.zeros_like(cover))
+    stored = _stored(cover, scheme)
+    best = _Best(stored, (-low_end / stored).round().clamp(0, top))
 
     def offer(scale: Tensor, zero: Tensor) -> None:
         z = zero.clamp(0, top)

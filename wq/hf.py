@@ -17,28 +17,28 @@ file wraps that one function, for `WqConfig` alone.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
 from transformers.core_model_loading import ConversionOps
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.quantizers.auto import AutoHfQuantizer
+from transformers.utils import logging as transformers_logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from wq.checkpoint import Entry, read_header
-from wq.errors import CheckpointError, FormatError, ModelError
+from wq.errors import CheckpointError, FormatError, ModelError, first_line
 from wq.formats import bits as bit_stream
 from wq.formats import compressed_tensors
 from wq.layers import WqLinear, ops
-from wq.pipeline import blocks as decoder
-from wq.pipeline import plan
-from wq.pipeline.source import first_line, map_names
 from wq.scheme import PER_CHANNEL, Scheme
 from wq.solvers import rtn
+from wq.structure import auto_group_size, find_blocks, find_linears, is_linear, map_names, patterns
 
 _METHOD = "wq"  # the name in transformers' registries; never written to a checkpoint
 _PACKED = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
@@ -118,18 +118,18 @@ class WqQuantizer(HfQuantizer):
     def _prepare_dense(self, model: PreTrainedModel) -> None:
         """Choose the layers to quantize on load; they turn into `WqLinear` one by one as their weights arrive."""
         config = self.quantization_config
-        path, blocks = decoder.find_blocks(model, type(model).__name__)
-        keep = plan.patterns(config.keep)
+        path, blocks = find_blocks(model, type(model).__name__)
+        keep = patterns(config.keep)
         linears: dict[str, nn.Linear] = {}
         for index, block in enumerate(blocks):
-            found = decoder.find_linears(block, f"{path}.{index}", keep)
+            found = find_linears(block, f"{path}.{index}", keep)
             linears |= {f"{path}.{index}.{name}": linear for name, linear in found.items()}
         if not linears:
             raise ModelError(f"{type(model).__name__}: keep={list(config.keep)} leaves no layer to quantize.")
         dtype = str(torch.get_default_dtype()).removeprefix("torch.")
         size = config.group_size
         if size is None:
-            size = plan.auto_group_size({name: linear.in_features for name, linear in linears.items()})
+            size = auto_group_size({name: linear.in_features for name, linear in linears.items()})
         scheme = Scheme(config.bits, size, config.symmetric, dtype)
         for name, linear in linears.items():
             scheme.groups(linear.in_features, name)
@@ -234,7 +234,7 @@ def _scheme_of(model: nn.Module, path: str, tensors: dict[str, Entry], config: d
         linear = model.get_submodule(path)
     except AttributeError:
         linear = None
-    if linear is None or not decoder.is_linear(linear):
+    if linear is None or not is_linear(linear):
         what = "is not in the model" if linear is None else f"is a {type(linear).__name__}, not an nn.Linear"
         raise CheckpointError(f"{path} has packed weights but {what}.")
     absent = {"weight_packed", "weight_scale"} - set(tensors)
@@ -386,8 +386,9 @@ def load(
     elif _is_quantized(location["pretrained_model_name_or_path"], revision):
         options["quantization_config"] = WqConfig()
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(**location, **options)
-        tokenizer = AutoTokenizer.from_pretrained(**location, revision=revision)
+        with _quiet():
+            loaded = AutoModelForCausalLM.from_pretrained(**location, **options)
+            tokenizer = AutoTokenizer.from_pretrained(**location, revision=revision)
     except (OSError, ValueError) as error:
         if isinstance(error, (CheckpointError, FormatError)):
             raise
@@ -397,9 +398,19 @@ def load(
     return loaded, tokenizer
 
 
-def _is_quantized(name: str, revision: str | None) -> bool:
-    from transformers import AutoConfig
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' own bars; whoever calls `load` shows progress of its own."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
 
+
+def _is_quantized(name: str, revision: str | None) -> bool:
     try:
         config = AutoConfig.from_pretrained(name, revision=revision)
     except (OSError, ValueError) as error:

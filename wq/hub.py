@@ -7,7 +7,7 @@ from pathlib import Path
 
 from wq import report
 from wq.checkpoint import read_headers
-from wq.errors import HubError, ModelError, WqError
+from wq.errors import HubError, ModelError, WqError, first_line
 
 
 def push(
@@ -35,13 +35,13 @@ def push(
             repo_id=made.repo_id, folder_path=path, commit_message=message or "Upload a model quantized with wq"
         )
     except HFValidationError as error:
-        raise HubError(f"{repo} is no repo id ({_line(error)}). Use organisation/name.") from error
+        raise HubError(f"{repo} is no repo id ({first_line(error)}). Use organisation/name.") from error
     except HfHubHTTPError as error:
         raise HubError(
-            f"the Hub refused {repo} ({_line(error)}). Check `hf auth whoami`, and that you may write there."
+            f"the Hub refused {repo} ({first_line(error)}). Check `hf auth whoami`, and that you may write there."
         ) from error
-    except OSError as error:  # no connection, in the words of whichever layer noticed
-        raise HubError(f"the Hub could not be reached ({_line(error)}). Nothing was published.") from error
+    except Exception as error:  # no connection, in the words of whichever library noticed
+        raise HubError(f"the Hub could not be reached ({first_line(error)}). Nothing was published.") from error
     return str(made)
 
 
@@ -58,8 +58,3 @@ def _check(path: Path, require_evaluation: bool) -> None:
             f"{path} has no measured figures for its card. Run `wq eval {path} --base BASE` first, or push without "
             "them by --no-eval."
         )
-
-
-def _line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0][:200] if text else type(error).__name__

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from wq.errors import ModelError
 from wq.pipeline import blocks as decoder
+from wq.structure import find_blocks, find_linears
 
 TinyModel = Callable[..., Path]
 
@@ -31,9 +32,9 @@ GROUPS = {
 @pytest.mark.parametrize("architecture", GROUPS)
 def test_layers_that_share_an_input_are_found_without_a_table(architecture: str, tiny_model: TinyModel) -> None:
     model = model_of(tiny_model(architecture))
-    path, blocks = decoder.find_blocks(model, architecture)
+    path, blocks = find_blocks(model, architecture)
     captured = decoder.capture(model.base_model, blocks, [torch.randint(2, 258, (2, 16))], architecture)
-    linears = decoder.find_linears(blocks[0], f"{path}.0", [])
+    linears = find_linears(blocks[0], f"{path}.0", [])
     groups, producers = decoder.trace(blocks[0], linears, lambda: captured.run(blocks[0], 0, 0))
     short = [sorted(name.rpartition(".")[2] for name in group) for group in groups]
     assert sorted(short) == sorted(sorted(group) for group in GROUPS[architecture])
@@ -44,7 +45,7 @@ def test_layers_that_share_an_input_are_found_without_a_table(architecture: str,
 def test_running_block_by_block_is_running_the_model(architecture: str, tiny_model: TinyModel) -> None:
     """Catches wrong masks, positions and per-layer arguments: Gemma's layers differ in theirs."""
     model = model_of(tiny_model(architecture))
-    _, blocks = decoder.find_blocks(model, architecture)
+    _, blocks = find_blocks(model, architecture)
     batches = [torch.randint(2, 258, (3, 40)), torch.randint(2, 258, (1, 40))]  # a short last batch
     captured = decoder.capture(model.base_model, blocks, batches, architecture)
     for index, block in enumerate(blocks):
@@ -103,7 +104,7 @@ def test_a_model_that_works_between_its_blocks_is_refused() -> None:
 
 def test_masks_and_positions_are_kept_once(tiny_model: TinyModel) -> None:
     model = model_of(tiny_model())
-    _, blocks = decoder.find_blocks(model, "llama")
+    _, blocks = find_blocks(model, "llama")
     captured = decoder.capture(model.base_model, blocks, [torch.randint(2, 258, (2, 16)) for _ in range(4)], "llama")
     cosines = {id(call.kwargs["position_embeddings"][0]) for calls in captured.calls for call in calls}
     assert len(cosines) == 1
@@ -112,4 +113,4 @@ def test_masks_and_positions_are_kept_once(tiny_model: TinyModel) -> None:
 def test_routers_stay_out(tiny_model: TinyModel) -> None:
     block = nn.ModuleDict({"gate": nn.Linear(8, 4), "gate_proj": nn.Linear(8, 8), "mlp_router": nn.Linear(8, 4)})
     block["router"] = nn.Linear(8, 4)
-    assert set(decoder.find_linears(block, "layers.0", [])) == {"gate_proj", "mlp_router"}
+    assert set(find_linears(block, "layers.0", [])) == {"gate_proj", "mlp_router"}

@@ -10,7 +10,7 @@ from pathlib import Path
 import tiny_models
 from safetensors import safe_open
 
-SIZES = {"hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 8, "num_key_value_heads": 8}
+SIZES = {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8, "num_key_value_heads": 8}
 CODE = """
 import json, sys
 from wq.pipeline.quantizer import quantize

@@ -71,7 +71,7 @@ class _Linear(torch.autograd.Function):
         grad_x = None
         if need_x:
             grad_x = torch.ops.wq.linear_backward(grad, *ctx.saved_tensors, ctx.bits, ctx.in_features)
-        grad_bias = grad.flatten(0, -2).sum(0) if need_bias else None
+        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0) if need_bias else None
         return grad_x, None, None, None, grad_bias, None, None
 
 
@@ -79,6 +79,9 @@ def linear(
     x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, bits: int, in_features: int
 ) -> Tensor:
     """`x @ W.T + bias`, `[..., out]`, for x `[..., in]` and a weight in the layout of `wq_kernels.reference`."""
+    if torch.is_autocast_enabled(x.device.type):  # as nn.Linear: the op itself must not see a dtype it was not given
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+        bias = None if bias is None else bias.to(x.dtype)
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
         return _Linear.apply(x, packed, scale, zero, bias, bits, in_features)
     return torch.ops.wq.linear(x, packed, scale, zero, bias, bits, in_features)

@@ -7,22 +7,16 @@ input on unchanged, so the embedding and whatever else surrounds the blocks is t
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from wq.errors import ModelError
 from wq.solvers import Statistics
-
-# Routers decide between experts by small differences and cost next to nothing; every published recipe keeps them.
-# Classes that multiply by their weight and add their bias, nothing else; other subclasses of nn.Linear may do more.
-_LINEARS = ("Linear", "FalconLinear")
-_ROUTER = re.compile(r"(^|\.)(gate|router|shared_expert_gate|gating)(\.|$)")
 
 
 @dataclass
@@ -58,39 +52,6 @@ class Captured:
         """Replace the hidden states by the block's output."""
         for batch in range(len(self.hidden)):
             self.hidden[batch] = self.run(block, index, batch)
-
-
-def find_blocks(model: nn.Module, name: str) -> tuple[str, nn.ModuleList]:
-    """The path and list of the decoder's blocks. Raises ModelError when no list of modules holds linear layers."""
-    best: tuple[int, str, nn.ModuleList | None] = (0, "", None)
-    for path, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and not (best[2] is not None and path.startswith(best[1] + ".")):
-            weights = sum(m.weight.numel() for m in module.modules() if is_linear(m))
-            if weights > best[0]:
-                best = weights, path, module
-    if best[2] is None:
-        raise ModelError(
-            f"{name} ({type(model).__name__}) has no linear layers in a list of blocks, so there is nothing wq can "
-            "quantize. wq handles decoder-only models whose blocks hold nn.Linear."
-        )
-    return best[1], best[2]
-
-
-def find_linears(block: nn.Module, path: str, keep: Iterable[re.Pattern[str]]) -> dict[str, nn.Linear]:
-    """The block's layers to quantize, by name within it: every nn.Linear but routers and what `keep` matches."""
-    keep = tuple(keep)
-    return {
-        name: module
-        for name, module in block.named_modules()
-        if is_linear(module)
-        and not _ROUTER.search(name)
-        and not any(pattern.search(f"{path}.{name}") for pattern in keep)
-    }
-
-
-def is_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
-    """Whether a module is a plain linear layer."""
-    return isinstance(module, nn.Linear) and type(module).__name__ in _LINEARS
 
 
 class _Stop(Exception):

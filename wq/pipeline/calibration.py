@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wq.errors import CalibrationError
+from wq.errors import CalibrationError, first_line
 
 BUILTIN = "builtin"
 _FILES = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
@@ -126,7 +126,7 @@ def _rows(source: str, request: dict[str, Any], tokenizer: Any) -> Iterator[str]
     except CalibrationError:
         raise
     except Exception as error:  # datasets, fsspec, httpx and pyarrow each raise their own
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        reason = first_line(error)
         raise CalibrationError(f"calibration set {source} could not be read ({reason}). {_ALTERNATIVES}") from error
 
 

@@ -12,13 +12,12 @@ from torch import nn
 
 from wq import grid
 from wq.checkpoint import Spec
-from wq.errors import GroupSizeError, ModelError, SchemeError
-from wq.pipeline import blocks as decoder
+from wq.errors import ModelError, SchemeError
 from wq.pipeline.source import Source
 from wq.scheme import Scheme
 from wq.solvers import Solution
+from wq.structure import auto_group_size, find_blocks, find_linears, patterns
 
-AUTO_GROUPS = (128, 64, 32)
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -53,7 +52,7 @@ def make_plan(
 
     Raises ModelError, GroupSizeError, FormatError and SchemeError for everything that cannot work.
     """
-    path, block_list = decoder.find_blocks(source.model, source.name)
+    path, block_list = find_blocks(source.model, source.name)
     keep = tuple(keep)
     kept = patterns(keep)
     layers = [_layers(source, f"{path}.{i}", block, kept) for i, block in enumerate(block_list)]
@@ -83,24 +82,12 @@ def make_plan(
 
 def _layers(source: Source, path: str, block: nn.Module, keep: list[re.Pattern[str]]) -> dict[str, Layer]:
     found = {}
-    for name, linear in decoder.find_linears(block, path, keep).items():
+    for name, linear in find_linears(block, path, keep).items():
         stored = source.on_disk(f"{path}.{name}.weight")
         if stored is not None:  # a weight that transformers assembles from several tensors has no place on disk
             shape = (linear.out_features, linear.in_features)
             found[name] = Layer(f"{path}.{name}", stored.removesuffix(".weight"), shape)
     return found
-
-
-def auto_group_size(in_features: dict[str, int]) -> int:
-    """The largest usual group size that divides every layer, given as `{name: in_features}`."""
-    for size in AUTO_GROUPS:
-        if all(count % size == 0 for count in in_features.values()):
-            return size
-    name, count = next((name, count) for name, count in in_features.items() if count % AUTO_GROUPS[-1])
-    raise GroupSizeError(
-        f"{name}: in_features {count} is not a multiple of {', '.join(map(str, AUTO_GROUPS))}. "
-        f"Choose a group size yourself (-1 for one scale a row), or keep {name.rpartition('.')[2]} dense."
-    )
 
 
 def _specs(
@@ -142,14 +129,6 @@ def _dense(source: Source, quantized: list[Layer]) -> list[str]:
     head = source.model.get_output_embeddings()
     dense |= {name for name, module in source.model.named_modules() if module is head}  # tied: it has no tensor on disk
     return sorted(dense)
-
-
-def patterns(keep: Iterable[str]) -> list[re.Pattern[str]]:
-    """Compile what names layers to keep dense. Raises SchemeError."""
-    try:
-        return [re.compile(pattern) for pattern in keep]
-    except re.error as error:
-        raise SchemeError(f"keep {error.pattern!r} is not a regular expression ({error}).") from error
 
 
 def stored_dtype(source: Source, dtype: str | None) -> torch.dtype:

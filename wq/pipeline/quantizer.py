@@ -13,12 +13,12 @@ from __future__ import annotations
 import json
 import os
 import platform
-import resource
 import shlex
 import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -30,6 +30,7 @@ import wq
 from wq import formats, grid, report, solvers
 from wq.checkpoint import ShardWriter, check_output, staged, write_text
 from wq.errors import CalibrationError
+from wq.machine import default_device, keep_memory_tight, peak_rss_bytes, release_memory
 from wq.pipeline import blocks as decoder
 from wq.pipeline import calibration as calibration_text
 from wq.pipeline import folding
@@ -80,13 +81,14 @@ def quantize(
     solver, fmt = solvers.get(method), formats.get(format)
     scheme = Scheme(bits, -1 if group_size is None else group_size, symmetric)
     check_output(Path(output), overwrite)
+    keep_memory_tight()
     with open_source(model, revision, trust_remote_code) as source, torch.no_grad():
         plan = make_plan(source, fmt, scheme, group_size is None, keep, dtype)
         stream = None
         if solver.NEEDS_STATISTICS:
             _check_length(source, seqlen)
             stream = calibration_text.load(calibration, source.tokenizer, samples, seqlen, seed)
-        job = _Job(source, solver, fmt, plan, torch.device(device or _default_device()), seed)
+        job = _Job(source, solver, fmt, plan, torch.device(device or default_device()), seed)
         with staged(Path(output), overwrite) as stage:
             with ShardWriter(stage, plan.specs) as writer:
                 layers = job.run(writer, None if stream is None else stream.tokens, on_block)
@@ -102,11 +104,6 @@ def _check_length(source: Source, seqlen: int) -> None:
     limit = getattr(source.config, "max_position_embeddings", None)
     if isinstance(limit, int) and seqlen > limit:
         raise CalibrationError(f"--seqlen {seqlen} is longer than the {limit} positions {source.name} has.")
-
-
-def _default_device() -> str:
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return "cpu" if accelerator is None else str(accelerator)
 
 
 @dataclass
@@ -142,6 +139,7 @@ class _Job:
                 captured.advance(block, index)
             self._write_dense(writer, f"{path}.{index}")
             self.source.unload(block)
+            release_memory()
             records += made
             if on_block is not None:
                 seconds = time.perf_counter() - started
@@ -298,8 +296,6 @@ def _report(
     job: _Job,
     started: float,
 ) -> dict[str, Any]:
-    import transformers
-
     fallbacks = [layer for layer in layers if "fallback" in layer]
     return {
         "model": source.name,
@@ -321,7 +317,7 @@ def _report(
         "versions": {
             "wq": wq.__version__,
             "torch": torch.__version__,
-            "transformers": transformers.__version__,
+            "transformers": version("transformers"),
             "python": platform.python_version(),
         },
     }
@@ -332,9 +328,3 @@ def _command() -> str:
     if Path(sys.argv[0]).name not in ("wq", "__main__.py"):
         return "wq.quantize(...)"
     return shlex.join(["wq", *sys.argv[1:]])
-
-
-def peak_rss_bytes() -> int:
-    """The largest resident size this process has had."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

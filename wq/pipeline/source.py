@@ -10,29 +10,22 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable
 from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    WeightConverter,
-    WeightRenaming,
-    convert_and_load_state_dict_in_model,
-    rename_source_key,
-)
+from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging as transformers_logging
-from transformers.utils.loading_report import LoadStateDictInfo
 
-from wq.checkpoint import Entry, read_headers
-from wq.errors import CheckpointError, ModelError
+from wq.checkpoint import Entry, read_headers, read_tensor
+from wq.errors import CheckpointError, ModelError, first_line
+from wq.structure import map_names
 
 # Weights and code are listed by what is wanted: nothing that runs is ever fetched.
 _HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken"]
@@ -108,22 +101,15 @@ class Source:
     def load(self, prefixes: tuple[str, ...], device: torch.device, dtype: torch.dtype) -> None:
         """Read the parameters under `prefixes` (module names) onto `device`, floating ones as `dtype`."""
         wanted = [name for name, (renamed, _) in self.tensors.items() if _under(renamed, prefixes)]
-        by_file: dict[Path, list[str]] = {}
-        for name in wanted:
-            by_file.setdefault(self.entries[name].file, []).append(name)
         _set_meta_dtype(self.model, prefixes, dtype)
-        with ExitStack() as files:
-            slices = {}
-            for file, names in by_file.items():
-                handle = files.enter_context(safe_open(file, framework="pt"))
-                slices.update({name: handle.get_slice(name) for name in names})
-            loading = LoadStateDictConfig(
-                device_map={"": device},
-                dtype=dtype,
-                dtype_plan=self.model._get_dtype_plan(dtype),
-                weight_mapping=get_model_conversion_mapping(self.model),  # type: ignore[arg-type]
-            )
-            info, _ = convert_and_load_state_dict_in_model(self.model, slices, loading, None)
+        loading = LoadStateDictConfig(
+            device_map={"": device},
+            dtype=dtype,
+            dtype_plan=self.model._get_dtype_plan(dtype),
+            weight_mapping=get_model_conversion_mapping(self.model),  # type: ignore[arg-type]
+        )
+        lazy = {name: _OnDisk(self.entries[name]) for name in wanted}
+        info, _ = convert_and_load_state_dict_in_model(self.model, lazy, loading, None)
         problems = [*info.mismatched_keys, *info.conversion_errors, *info.unexpected_keys]
         if problems:
             raise CheckpointError(f"{self.name}: could not load {problems[0]} ({len(problems)} such tensors).")
@@ -143,35 +129,14 @@ class Source:
                     shutil.copyfile(file, folder / file.name)
 
 
-def map_names(model: PreTrainedModel, names: Iterable[str]) -> tuple[dict[str, tuple[str, bool]], list[str], list[str]]:
-    """How tensors on disk become parameters: `(mapped, absent, unexpected)`.
+class _OnDisk:
+    """A tensor that transformers' loader reads with `[...]`, into memory of its own: no mapping outlives its block."""
 
-    mapped: for each name on disk, the parameter it goes to and whether it is that parameter, only renamed (not merged
-    or split on the way). absent: parameters and persistent buffers that nothing on disk goes to, shared ones aside.
-    unexpected: names on disk that go nowhere and that the architecture does not ignore.
-    """
-    conversions = get_model_conversion_mapping(model)
-    renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
-    converters = [c for c in conversions if isinstance(c, WeightConverter)]
-    known = model.state_dict()
-    mapped: dict[str, tuple[str, bool]] = {}
-    for name in names:
-        renamed, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, known)
-        if renamed not in known and name in known:
-            renamed, pattern = name, None
-        mapped[name] = (renamed, pattern is None)
-    targets = {renamed for renamed, _ in mapped.values()}
-    made = [target.replace("*.", "").strip("^$") for converter in converters for target in converter.target_patterns]
-    info = LoadStateDictInfo(
-        missing_keys={n for n in set(known) - targets if not any(target in n for target in made)},
-        unexpected_keys={n for n, (renamed, plain) in mapped.items() if plain and renamed not in known},
-        mismatched_keys=set(),
-        error_msgs=[],
-        conversion_errors={},
-        skipped_pp_keys=set(),
-    )
-    model._adjust_missing_and_unexpected_keys(info)  # what the architecture itself says may be absent or extra
-    return mapped, sorted(info.missing_keys - set(model.all_tied_weights_keys)), sorted(info.unexpected_keys)
+    def __init__(self, entry: Entry):
+        self._entry = entry
+
+    def __getitem__(self, index: object) -> Tensor:
+        return read_tensor(self._entry)
 
 
 def open_source(model: str | os.PathLike[str], revision: str | None = None, trust_remote_code: bool = False) -> Source:
@@ -238,8 +203,6 @@ def unpack_gguf(file: Path, folder: Path) -> None:
 
     The one source that is held in memory whole: a GGUF tensor can only be read through its own layout.
     """
-    from transformers import GgufConfig
-
     location = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
     try:
         model = AutoModelForCausalLM.from_pretrained(
@@ -290,8 +253,3 @@ def _set_meta_dtype(model: nn.Module, prefixes: tuple[str, ...], dtype: torch.dt
 
 def _under(name: str, prefixes: tuple[str, ...]) -> bool:
     return any(not prefix or name == prefix or name.startswith(prefix + ".") for prefix in prefixes)
-
-
-def first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0][:200] if text else type(error).__name__

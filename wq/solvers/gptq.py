@@ -39,14 +39,24 @@ def solve(
     dead = hessian.diagonal() <= 0
     factor, damping = inverse_factor(hessian, statistics.tokens)
     if factor is None:
-        nearest = rtn.solve(weight, statistics, scheme, generator=generator)
-        reason = "the Hessian could not be factorised at any damping"
-        return nearest._replace(stats={**nearest.stats, "fallback": reason})
+        return _round_instead(weight, statistics, scheme, generator)
     scale, zero = grid.search(weight, scheme, hessian.diagonal())
     codes = _sweep(weight, hessian.diagonal(), factor, scale, zero, scheme)
     stats: dict[str, Any] = {"damping": damping, "dead_columns": int(dead.sum())}
     stats["error"] = rtn.output_error(weight, grid.dequantize(codes, scale, zero), statistics)
     return Solution(codes, scale, zero, stats)
+
+
+def _round_instead(
+    weight: Tensor, statistics: Statistics, scheme: Scheme, generator: torch.Generator | None
+) -> Solution:
+    """Rounding, weighted by whatever of the Hessian makes sense, with the reason on record."""
+    diagonal = statistics.second_moment.diagonal()
+    sane = bool(torch.isfinite(statistics.second_moment).all() and (diagonal >= 0).all() and (diagonal > 0).any())
+    known = Statistics(torch.diag(diagonal), statistics.tokens) if sane else None
+    nearest = rtn.solve(weight, known, scheme, generator=generator)
+    reason = "could not be factorised at any damping" if sane else "is zero, negative or not finite"
+    return nearest._replace(stats={**nearest.stats, "fallback": f"the Hessian {reason}"})
 
 
 def activation_order(diagonal: Tensor) -> Tensor:

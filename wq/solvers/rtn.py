@@ -26,12 +26,14 @@ def solve(
     weight: Tensor, statistics: Statistics | None, scheme: Scheme, *, generator: torch.Generator | None = None
 ) -> Solution:
     """Quantize `weight`, float `[out_features, in_features]`, to the nearest codes. Raises GroupSizeError."""
+    stats: dict[str, Any] = {}
+    if statistics is not None and not torch.isfinite(statistics.second_moment).all():
+        statistics, stats["fallback"] = None, "the statistics are not finite"
     if statistics is None:
         scale, zero = grid.cover(weight, scheme)
     else:
         scale, zero = grid.search(weight, scheme, importance(statistics, scheme))
     codes = grid.quantize(weight, scale, zero, scheme)
-    stats: dict[str, Any] = {}
     if statistics is not None:
         stats["error"] = output_error(weight, grid.dequantize(codes, scale, zero), statistics)
     return Solution(codes, scale, zero, stats)

@@ -19,10 +19,10 @@ from types import ModuleType
 
 ANY = "any"
 
-# name: (module, device types it runs on), the preferred first
+# name: (module, device types it runs on), the preferred first. Relative: the Hub loads this package under other names.
 BACKENDS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "triton": ("wq_kernels.triton_dequantize", ("cuda", "xpu")),
-    "reference": ("wq_kernels.reference", (ANY,)),
+    "triton": (".triton_dequantize", ("cuda", "xpu")),
+    "reference": (".reference", (ANY,)),
 }
 
 __all__ = ["BACKENDS", "get", "select"]
@@ -30,7 +30,7 @@ __all__ = ["BACKENDS", "get", "select"]
 
 def get(name: str) -> ModuleType:
     """The backend called `name`, imported on first use."""
-    return import_module(BACKENDS[name][0])
+    return import_module(BACKENDS[name][0], __name__)
 
 
 @cache

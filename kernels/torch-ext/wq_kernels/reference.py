@@ -61,7 +61,8 @@ def dequantize(
     if zero is None:
         centered = codes.to(work) - (1 << (bits - 1))
     else:
-        points = unpack(zero.t().contiguous(), bits, out_features).t().unsqueeze(-1)
+        # A copy: [G, 1] transposed counts as contiguous without having unit strides, and cannot be read as bytes.
+        points = unpack(zero.t().clone(memory_format=torch.contiguous_format), bits, out_features).t().unsqueeze(-1)
         centered = codes.to(work) - points.to(work)
     return (centered * scale.to(work).unsqueeze(-1)).flatten(-2).to(dtype)
 
