@@ -1,8 +1,8 @@
 """Accuracy, time and memory of every method on one model: quantize, then evaluate the packed checkpoint.
 
 Each row is a real `wq quantize` in a process of its own (so that peak memory is its own) and a `wq eval` of what it
-wrote. Time is quoted as a multiple of one dense forward pass over the same calibration tokens, measured in the same
-run just before the row. Writes one JSON file.
+wrote. Time is quoted as a multiple of one dense forward pass over the same calibration tokens, measured first in the
+same run. Writes one JSON file.
 """
 
 from __future__ import annotations
@@ -102,12 +102,11 @@ def main() -> None:
         "rows": [],
     }
     with tempfile.TemporaryDirectory() as folder:
+        seconds = None
+        if options.dense_repeats:
+            shape = options.samples, options.seqlen, options.dense_repeats
+            seconds = made["dense_pass_seconds"] = dense_pass(options.model, options.calibration, *shape)
         for name in options.row or ROWS:
-            seconds = None
-            if options.dense_repeats:
-                shape = options.samples, options.seqlen, options.dense_repeats
-                seconds = dense_pass(options.model, options.calibration, *shape)
-                made["dense_pass_seconds"] = seconds
             made["rows"].append(row(name, options, Path(folder), seconds))
             print(json.dumps(made["rows"][-1]), flush=True)
             options.output.write_text(json.dumps(made, indent=1) + "\n")
