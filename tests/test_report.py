@@ -48,6 +48,15 @@ def test_a_local_model_is_no_base_model_on_the_hub() -> None:
     assert "/somewhere" not in report.card({**REPORT, "repo": None, "model": "/somewhere/model"})
 
 
+@pytest.mark.parametrize(("format", "symmetric", "stock"), [("compressed-tensors", True, True), ("awq", True, False)])
+def test_the_card_promises_only_loaders_that_take_it(format: str, symmetric: bool, stock: bool) -> None:
+    card = report.card({**REPORT, "format": format, "scheme": {**REPORT["scheme"], "symmetric": symmetric}})
+    assert ("without wq" in card) == stock
+    asymmetric = report.card({**REPORT, "scheme": {**REPORT["scheme"], "symmetric": False}})
+    assert "WqConfig()" in asymmetric
+    assert "without wq" not in asymmetric
+
+
 @pytest.mark.parametrize(
     "text", ["quantized 800 of 1,000 parameters (80.0%)", "712 kB, from 2 MB", "128 × 512 tokens", "1.5 GB", "12 s"]
 )

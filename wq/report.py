@@ -61,13 +61,7 @@ def card(report: dict[str, Any]) -> str:
             _header(report),
             f"# {name}, {scheme['bits']}-bit",
             "",
-            "Quantized with wq. Loads in transformers and vLLM without it:",
-            "",
-            "```python",
-            "from transformers import AutoModelForCausalLM",
-            "model = AutoModelForCausalLM.from_pretrained(REPO)  # this repository",
-            "```",
-            "",
+            *_usage(report["format"], scheme["symmetric"]),
             "| | |",
             "|---|---|",
             table,
@@ -76,6 +70,20 @@ def card(report: dict[str, Any]) -> str:
             *_fallbacks(report["fallbacks"]),
         ]
     )
+
+
+def _usage(format: str, symmetric: bool) -> list[str]:
+    """How to load it, by what reads this format: stock transformers takes symmetric compressed-tensors only."""
+    made = "Quantized with wq"
+    if format != "compressed-tensors":
+        return [f"{made}, in the {format} format, for whatever reads that.", ""]
+    plain = "from_pretrained(REPO)"
+    packed = "from_pretrained(REPO, quantization_config=WqConfig())"
+    code = ["from transformers import AutoModelForCausalLM", "from wq import WqConfig", ""]
+    code += [f"model = AutoModelForCausalLM.{packed}  # stays packed"]
+    if symmetric:
+        code += [f"model = AutoModelForCausalLM.{plain}  # without wq, with compressed-tensors"]
+    return [f"{made}.", "", "```python", *code, "```", ""]
 
 
 def _header(report: dict[str, Any]) -> str:

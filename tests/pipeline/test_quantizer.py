@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import tiny_models
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -240,6 +240,25 @@ def test_an_output_folder_that_is_not_empty_is_left_alone(tiny_model: TinyModel,
     with pytest.raises(errors.OutputError, match="not empty.*--overwrite"):
         quantize(tiny_model(), tmp_path, **SMALL)
     assert [file.name for file in tmp_path.iterdir()] == ["precious.txt"]
+
+
+def test_a_file_that_is_no_model_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "broken.gguf").write_bytes(b"GGUF, but not really")
+    with pytest.raises(errors.ModelError, match=r"broken\.gguf.*could not read this GGUF file"):
+        quantize(tmp_path / "broken.gguf", tmp_path / "out", method="rtn")
+    with pytest.raises(errors.ModelError, match="is a file, but not a .gguf"):
+        quantize(__file__, tmp_path / "out", method="rtn")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_source_weight_that_is_not_finite_is_refused_by_name(tiny_model: TinyModel, tmp_path: Path) -> None:
+    source = tiny_models.make(tmp_path / "source", "llama")
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = float("nan")
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    with pytest.raises(errors.CheckpointError, match=r"layers\.1\.mlp\.up_proj\.weight holds 1 values"):
+        quantize(source, tmp_path / "out", **SMALL)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_quantized_model_is_not_quantized_again(tiny_model: TinyModel, tmp_path: Path) -> None:

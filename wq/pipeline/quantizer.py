@@ -29,12 +29,12 @@ from torch import Tensor, nn
 import wq
 from wq import formats, grid, report, solvers
 from wq.checkpoint import ShardWriter, check_output, staged, write_text
-from wq.errors import CalibrationError
+from wq.errors import CalibrationError, CheckpointError
 from wq.machine import default_device, keep_memory_tight, peak_rss_bytes, release_memory
 from wq.pipeline import blocks as decoder
 from wq.pipeline import calibration as calibration_text
 from wq.pipeline import folding
-from wq.pipeline.plan import Plan, make_plan
+from wq.pipeline.plan import Layer, Plan, make_plan
 from wq.pipeline.source import Source, open_source
 from wq.scheme import Scheme
 from wq.solvers import Solution, rtn
@@ -125,7 +125,7 @@ class _Job:
 
     def run(self, writer: ShardWriter, tokens: Tensor | None, on_block: BlockCallback | None) -> list[dict[str, Any]]:
         """Quantize every block and write everything; the records of all layers."""
-        path, model = self.plan.blocks_path, self.source.model
+        path = self.plan.blocks_path
         captured = None if tokens is None else self._capture(tokens)
         records: list[dict[str, Any]] = []
         for index, block in enumerate(self.plan.blocks):
@@ -135,7 +135,7 @@ class _Job:
             generator = torch.Generator(device=self.device).manual_seed(self.seed + index)
             run = _BlockRun(self, block, index, captured, generator)
             made = run.quantize(writer)
-            if captured is not None:
+            if captured is not None and index + 1 < len(self.plan.blocks):
                 captured.advance(block, index)
             self._write_dense(writer, f"{path}.{index}")
             self.source.unload(block)
@@ -145,7 +145,6 @@ class _Job:
                 seconds = time.perf_counter() - started
                 on_block({"block": index + 1, "blocks": len(self.plan.blocks), "layers": made, "seconds": seconds})
         self._write_dense(writer, "", excluding=path)
-        del model
         return records
 
     def _load(self, prefixes: tuple[str, ...]) -> None:
@@ -159,7 +158,7 @@ class _Job:
         outside = tuple(
             name
             for name, module in model.named_modules()
-            if id(module) in inside and module._parameters and not f"{name}.".startswith(f"{path}.")
+            if name and id(module) in inside and module._parameters and not f"{name}.".startswith(f"{path}.")
         )
         self._load((*outside, f"{path}.0"))
         for module in model.modules():
@@ -170,7 +169,7 @@ class _Job:
         batches = [batch.to(self.device) for batch in tokens.split(rows)]
         captured = decoder.capture(body, self.plan.blocks, batches, self.source.name)
         for name in outside:
-            self.source.unload(model.get_submodule(name)) if name else None
+            self.source.unload(model.get_submodule(name))
         return captured
 
     def _write_dense(self, writer: ShardWriter, prefix: str, excluding: str | None = None) -> None:
@@ -202,6 +201,8 @@ class _BlockRun:
         layers = self.job.plan.layers[self.index]
         linears = {name: m for name, m in self.block.named_modules() if name in layers and isinstance(m, nn.Linear)}
         records: list[dict[str, Any]] = []
+        for name, linear in linears.items():
+            _check_finite(layers[name], linear.weight)
         left = dict(linears)
         if self.captured is not None and linears:
             groups, producers = decoder.trace(self.block, linears, lambda: self._forward(0))
@@ -251,7 +252,8 @@ class _BlockRun:
             rows = slice(start, start + linear.out_features)
             part = Solution(solution.codes[rows], solution.scale[rows], solution.zero[rows], dict(solution.stats))
             restored = grid.dequantize(part.codes, part.scale, part.zero)
-            part.stats["error"] = rtn.output_error(weight[rows], restored, statistics)
+            if "error" in part.stats:  # the solver's is of all rows together
+                part.stats["error"] = rtn.output_error(weight[rows], restored, statistics)
             records.append(self._store(name, linear, part, restored, writer, statistics.tokens))
             start += linear.out_features
         return records
@@ -274,6 +276,14 @@ class _BlockRun:
         for local, tensor in self.job.fmt.pack(solution, self.job.plan.scheme).items():
             writer.write(f"{layer.stored}.{local}", tensor)
         return {"layer": layer.path, "shape": list(layer.shape), "tokens": tokens, **solution.stats}
+
+
+def _check_finite(layer: Layer, weight: Tensor) -> None:
+    wrong = int((~torch.isfinite(weight)).sum())
+    if wrong:
+        raise CheckpointError(
+            f"{layer.stored}.weight holds {wrong} values that are not finite. The source is damaged; download it again."
+        )
 
 
 def _write_config(source: Source, stage: Path, plan: Plan, fmt: ModuleType) -> None:

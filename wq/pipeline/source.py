@@ -27,7 +27,7 @@ from wq.checkpoint import Entry, read_headers, read_tensor
 from wq.errors import CheckpointError, ModelError, first_line
 from wq.structure import map_names
 
-# Weights and code are listed by what is wanted: nothing that runs is ever fetched.
+# What is wanted, by name: pickles are never fetched, and code only with trust_remote_code.
 _HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken"]
 _COPIED = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
 _NOT_COPIED = {"config.json", "model.safetensors.index.json"}
@@ -144,7 +144,7 @@ def open_source(model: str | os.PathLike[str], revision: str | None = None, trus
     _quiet()
     cleanup = ExitStack()
     try:
-        folder = _resolve(os.fspath(model), revision, cleanup)
+        folder = _resolve(os.fspath(model), revision, trust_remote_code, cleanup)
         return Source(os.fspath(model), folder, cleanup, trust_remote_code)
     except BaseException:
         cleanup.close()
@@ -156,7 +156,7 @@ def _quiet() -> None:
     transformers_logging.disable_progress_bar()
 
 
-def _resolve(name: str, revision: str | None, cleanup: ExitStack) -> Path:
+def _resolve(name: str, revision: str | None, trust_remote_code: bool, cleanup: ExitStack) -> Path:
     path = Path(name).expanduser()
     if path.is_file() and path.suffix == ".gguf":
         folder = Path(cleanup.enter_context(tempfile.TemporaryDirectory(prefix="wq-gguf-")))
@@ -169,7 +169,7 @@ def _resolve(name: str, revision: str | None, cleanup: ExitStack) -> Path:
     elif name.count("/") > 1 or name.startswith((".", "/", "~")):
         raise ModelError(f"{name} does not exist. Give a folder, a GGUF file or a repo id.")
     else:
-        folder = _download(name, revision)
+        folder = _download(name, revision, trust_remote_code)
     if not (folder / "config.json").is_file():
         raise ModelError(f"{name} is no model: it has no config.json.")
     try:
@@ -183,12 +183,13 @@ def _resolve(name: str, revision: str | None, cleanup: ExitStack) -> Path:
     return folder
 
 
-def _download(name: str, revision: str | None) -> Path:
+def _download(name: str, revision: str | None, trust_remote_code: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=_HUB_FILES))
+        wanted = _HUB_FILES + (["*.py"] if trust_remote_code else [])
+        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
     except HFValidationError as error:
         raise ModelError(f"{name} is neither a folder, a GGUF file nor a repo id ({first_line(error)}).") from error
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
