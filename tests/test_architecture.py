@@ -25,7 +25,7 @@ RANKS = {
     for rank, names in enumerate(
         [
             ("errors",),
-            ("machine",),
+            ("machine", "registry"),
             ("scheme",),
             ("grid",),
             ("solvers",),
@@ -148,7 +148,7 @@ def test_kernels_know_nothing_of_models(name: str) -> None:
 
 @each({name: file for name, file in WQ.items() if name.startswith(("wq/solvers/", "wq/formats/"))})
 def test_solvers_and_formats_are_functions_on_tensors(name: str) -> None:
-    allowed = ("wq.grid", "wq.scheme", "wq.errors", "wq.formats.bits", "wq.solvers")
+    allowed = ("wq.grid", "wq.scheme", "wq.errors", "wq.registry", "wq.formats.bits", "wq.solvers")
     wrong = [
         found.module
         for found in imports(name)

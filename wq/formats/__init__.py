@@ -15,11 +15,9 @@ every shape of a checkpoint before it computes one number.
 
 from __future__ import annotations
 
-from importlib import import_module
-from importlib.metadata import entry_points
 from types import ModuleType
 
-from wq.errors import UnknownNameError
+from wq import registry
 
 FORMATS: dict[str, str] = {
     "compressed-tensors": "wq.formats.compressed_tensors",
@@ -29,13 +27,5 @@ FORMATS: dict[str, str] = {
 
 
 def get(name: str) -> ModuleType:
-    """The format called `name`: built in, or offered by another package as an entry point in group `wq.formats`.
-
-    Raises UnknownNameError, listing what there is.
-    """
-    offered = {point.name: point for point in entry_points(group="wq.formats")}
-    if name in FORMATS:
-        return import_module(FORMATS[name])
-    if name in offered:
-        return offered[name].load()
-    raise UnknownNameError(f"format {name!r} is unknown; wq writes {', '.join(sorted({*FORMATS, *offered}))}.")
+    """The format called `name`, also from entry points in group `wq.formats`. Raises UnknownNameError."""
+    return registry.find("format", name, FORMATS, "wq.formats")

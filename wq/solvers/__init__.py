@@ -13,14 +13,12 @@ device. Rows are independent, so the pipeline stacks the layers that read one in
 from __future__ import annotations
 
 from dataclasses import dataclass
-from importlib import import_module
-from importlib.metadata import entry_points
 from types import ModuleType
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from wq.errors import UnknownNameError
+from wq import registry
 
 SOLVERS: dict[str, str] = {
     "rtn": "wq.solvers.rtn",
@@ -57,13 +55,5 @@ class Solution(NamedTuple):
 
 
 def get(name: str) -> ModuleType:
-    """The solver called `name`: built in, or offered by another package as an entry point in group `wq.solvers`.
-
-    Raises UnknownNameError, listing what there is.
-    """
-    offered = {point.name: point for point in entry_points(group="wq.solvers")}
-    if name in SOLVERS:
-        return import_module(SOLVERS[name])
-    if name in offered:
-        return offered[name].load()
-    raise UnknownNameError(f"method {name!r} is unknown; wq has {', '.join(sorted({*SOLVERS, *offered}))}.")
+    """The solver called `name`, also from entry points in group `wq.solvers`. Raises UnknownNameError."""
+    return registry.find("method", name, SOLVERS, "wq.solvers")
