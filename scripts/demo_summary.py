@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -13,14 +14,22 @@ from wq import load
 from wq.report import size
 
 
-def summary(report: dict) -> Table:
+def summary(report: dict[str, Any]) -> Table:
     """Dense and quantized, side by side."""
     evaluation = report["evaluation"]
-    table = Table(title=f"{report['model']}, {evaluation['text']} text", title_justify="left")
+    table = Table(title=f"{Path(report['model']).stem}, {evaluation['text']} text", title_justify="left")
     for column in ("", "size", "perplexity", "KL", "top-1", "seconds", "peak memory"):
         table.add_column(column, justify="right" if column else "left")
     base = evaluation["base"]
-    table.add_row("dense", size(report["source_bytes"]), f"{base['perplexity']:.2f}", "0", "100 %", "–", "–")
+    table.add_row(
+        f"dense {report['source_dtype']}",
+        size(report["source_bytes"]),
+        f"{base['perplexity']:.2f}",
+        "0",
+        "100 %",
+        "–",
+        "–",
+    )
     table.add_row(
         f"{report['scheme']['bits']}-bit {report['method']}",
         size(report["checkpoint_bytes"]),

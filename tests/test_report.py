@@ -20,6 +20,7 @@ REPORT: dict[str, Any] = {
     "calibration": {"source": "c4", "samples": 128, "seqlen": 512, "seed": 0, "sha256": "ab" * 32},
     "parameters": 1000,
     "quantized_parameters": 800,
+    "source_dtype": "bfloat16",
     "source_bytes": 2_000_000,
     "checkpoint_bytes": 712_345,
     "fallbacks": [],
@@ -58,7 +59,14 @@ def test_the_card_promises_only_loaders_that_take_it(format: str, symmetric: boo
 
 
 @pytest.mark.parametrize(
-    "text", ["quantized 800 of 1,000 parameters (80.0%)", "712 kB, from 2 MB", "128 × 512 tokens", "1.5 GB", "12 s"]
+    "text",
+    [
+        "quantized 800 of 1,000 parameters (80.0%)",
+        "712 kB, from 2 MB of bfloat16",
+        "128 × 512 tokens",
+        "1.5 GB",
+        "12 s",
+    ],
 )
 def test_the_card_tells_what_was_done(text: str) -> None:
     assert text in report.card(REPORT)

@@ -50,7 +50,10 @@ def card(report: dict[str, Any]) -> str:
         ("Format", f"{report['format']}, {report['dtype']} scales and dense tensors"),
         ("Calibration", _calibration(report["calibration"])),
         ("Parameters", share(report)),
-        ("Size", f"{size(report['checkpoint_bytes'])}, from {size(report['source_bytes'])}"),
+        (
+            "Size",
+            f"{size(report['checkpoint_bytes'])}, from {size(report['source_bytes'])} of {report['source_dtype']}",
+        ),
         ("Made in", f"{report['seconds']:.0f} s, peak memory {size(report['peak_rss_bytes'])}, on {report['device']}"),
         ("Versions", ", ".join(f"{package} {version}" for package, version in report["versions"].items())),
         ("Command", f"`{report['command']}`"),

@@ -317,6 +317,7 @@ def _report(
         "calibration": None if stream is None else stream.describe(),
         "parameters": plan.parameters,
         "quantized_parameters": plan.quantized,
+        "source_dtype": str(source.dtype).removeprefix("torch."),
         "source_bytes": sum(entry.bytes for entry in source.entries.values()),
         "fallbacks": fallbacks,
         "layers": layers,
