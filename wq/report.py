@@ -77,7 +77,7 @@ def card(report: dict[str, Any]) -> str:
 
 def _usage(format: str, symmetric: bool) -> list[str]:
     """How to load it, by what reads this format: stock transformers takes symmetric compressed-tensors only."""
-    made = "Quantized with wq"
+    made = "Quantized with wq (`pip install wq-quant`)"
     if format != "compressed-tensors":
         return [f"{made}, in the {format} format, for whatever reads that.", ""]
     plain = "from_pretrained(REPO)"
