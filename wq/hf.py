@@ -31,11 +31,12 @@ from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.utils import logging as transformers_logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+import wq_kernels
 from wq.checkpoint import Entry, read_header
 from wq.errors import CheckpointError, FormatError, ModelError, first_line
 from wq.formats import bits as bit_stream
 from wq.formats import compressed_tensors
-from wq.layers import WqLinear, ops
+from wq.layers import WqLinear
 from wq.scheme import PER_CHANNEL, Scheme
 from wq.solvers import rtn
 from wq.structure import auto_group_size, find_blocks, find_linears, is_linear, map_names, patterns
@@ -194,6 +195,8 @@ class WqQuantizer(HfQuantizer):
                 if not parameter.is_meta and not getattr(parameter, "_is_hf_initialized", False):
                     raise CheckpointError(f"{path}.{name} was not in the checkpoint. Download it again.")
             layer.requires_grad_(False)  # the loader turns gradients on for every floating tensor
+            if not hasattr(layer, "_hf_hook"):  # what accelerate moves in and out keeps the checkpoint's layout
+                layer.prepare()
         return model
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -317,12 +320,12 @@ class _Dequantize(ConversionOps):
         if "weight_packed" not in tensors:
             return {full_layer_name: tensors["weight"].to(dtype)}
         scheme = self.hf_quantizer.schemes[full_layer_name.removesuffix(".weight")]
-        weight = ops.dequantize(
+        weight = wq_kernels.dequantize(
             tensors["weight_packed"],
             tensors["weight_scale"],
             tensors.get("weight_zero_point"),
             scheme.bits,
-            model.get_parameter(full_layer_name).shape[1],
+            *model.get_parameter(full_layer_name).shape,
             dtype,
         )
         return {full_layer_name: weight}

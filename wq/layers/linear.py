@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
+import wq_kernels
 from wq.formats import bits as bit_stream
 from wq.layers import ops
 from wq.scheme import Scheme
+from wq_kernels import layout as tiles
 
 
 class PackedWeight:
@@ -62,9 +67,14 @@ class WqLinear(nn.Linear):
     weight_packed: int32 `[out, words(in)]`. weight_scale: float `[out, groups]`. weight_zero_point: int32
     `[words(out), groups]`, or None on a symmetric grid. bias: float `[out]` or None. Parameters, not buffers, so that
     offloading and tensor parallelism handle them; a subclass of nn.Linear, so that adapters find it.
+
+    `prepare` lays the three out for the kernels of the device they are on, as `.to(device)` does; the state dict is
+    the checkpoint's at all times. permutation, int `[in]`: the input column for each column of the weight, if they
+    were stored in another order (act-order); the state dict does not have it.
     """
 
     weight_zero_point: nn.Parameter | None
+    permutation: Tensor | None
     _hf_quantized_needs_local_tp = True  # tensor parallelism then hands forward plain local tensors
 
     def __init__(
@@ -72,6 +82,7 @@ class WqLinear(nn.Linear):
     ):
         nn.Module.__init__(self)
         self.in_features, self.out_features, self.scheme = in_features, out_features, scheme
+        self.layout = ops.STREAM
         self._is_hf_initialized = True
         groups = scheme.groups(in_features)
         scale = dtype or torch.get_default_dtype()
@@ -80,6 +91,7 @@ class WqLinear(nn.Linear):
         zero_point = _empty(bit_stream.words(out_features, scheme.bits), groups, dtype=torch.int32)
         self.register_parameter("weight_zero_point", None if scheme.symmetric else zero_point)
         self.register_parameter("bias", _empty(out_features, dtype=scale) if bias else None)
+        self.register_buffer("permutation", None, persistent=False)
 
     @property
     def weight(self) -> PackedWeight:  # type: ignore[override]
@@ -92,21 +104,86 @@ class WqLinear(nn.Linear):
             self.weight_packed,
             self.weight_scale,
             self.weight_zero_point,
+            self.permutation,
             self.bias,
             self.scheme.bits,
+            self.out_features,
             self.in_features,
+            self.layout,
         )
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The dense weight, `[out, in]`."""
-        return ops.dequantize(
+        """The dense weight, `[out, in]`, in the order of the input's columns."""
+        weight = wq_kernels.dequantize(
             self.weight_packed,
             self.weight_scale,
             self.weight_zero_point,
             self.scheme.bits,
+            self.out_features,
             self.in_features,
             dtype or self.weight_scale.dtype,
+            self.layout,
         )
+        if self.permutation is None:
+            return weight
+        return torch.empty_like(weight).index_copy_(1, self.permutation.long(), weight)
+
+    # --- layouts ---
+
+    def prepare(self) -> WqLinear:
+        """Lay the weight out for the device it is on. Weights on no device, or offloaded, stay as they are."""
+        if self.weight_packed.is_meta:
+            return self
+        groups = self.scheme.groups(self.in_features)
+        device = self.weight_packed.device
+        self._set_layout(wq_kernels.preferred_layout(device, self.scheme.bits, self.in_features, groups))
+        return self
+
+    def _set_layout(self, layout: str) -> None:
+        if layout == self.layout:
+            return
+        packed, scale, zero = self._stream()
+        if layout != ops.STREAM:
+            packed, scale, zero = tiles.from_stream(packed, scale, zero, self.scheme.bits, self.in_features)
+        for name, tensor in (("weight_packed", packed), ("weight_scale", scale), ("weight_zero_point", zero)):
+            parameter = None if tensor is None else nn.Parameter(tensor, requires_grad=False)
+            if parameter is not None:
+                parameter._is_hf_initialized = True  # type: ignore[attr-defined]
+            setattr(self, name, parameter)
+        self.layout = layout
+
+    def _stream(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """packed, scale and zero as a checkpoint has them."""
+        packed, scale, zero = self.weight_packed.detach(), self.weight_scale.detach(), self.weight_zero_point
+        if self.layout == ops.STREAM:
+            return packed, scale, None if zero is None else zero.detach()
+        assert zero is not None  # the tiled layout has zero points on every grid
+        sizes = (self.scheme.bits, self.out_features, self.in_features)
+        return tiles.to_stream(packed, scale, zero.detach(), *sizes, self.scheme.symmetric)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """`.to()` and its kin: to another device means to that device's layout."""
+        before = self.weight_packed.device
+        super()._apply(fn, recurse)
+        if self.weight_packed.device != before:
+            self.prepare()
+        return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.layout != ops.STREAM:
+            names = ("weight_packed", "weight_scale", "weight_zero_point")
+            for name, tensor in zip(names, self._stream(), strict=True):
+                destination.pop(prefix + name, None)
+                if tensor is not None:
+                    destination[prefix + name] = tensor
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        """A state dict is in the checkpoint's layout: go there, load, and come back."""
+        layout = self.layout
+        self._set_layout(ops.STREAM)
+        super()._load_from_state_dict(*args, **kwargs)
+        self._set_layout(layout)
 
     def extra_repr(self) -> str:
         grid = "symmetric" if self.scheme.symmetric else "asymmetric"

@@ -1,48 +1,47 @@
 """Kernels for packed integer weights. They see tensors and numbers, never models, and never import `wq`.
 
-A backend is a module with
+    layout = wq_kernels.preferred_layout(device, bits, in_features, groups)     # "stream" or "tiled"
+    y = wq_kernels.linear(x, packed, scale, zero, permutation, bias, bits, out_features, in_features, layout)
+
+A weight comes in the layout of checkpoints, `stream` (see `reference`); where a fused kernel runs, it is laid out once
+as `tiled` (see `layout`), and back when it is saved. A backend is a module for one of the layouts with
 
     def supports(bits) -> bool
-    def dequantize(packed, scale, zero, bits, in_features, dtype) -> Tensor
-    def linear(x, packed, scale, zero, bias, bits, in_features) -> Tensor
+    def dequantize(packed, scale, zero, bits, out_features, in_features, dtype) -> Tensor
+    def linear(x, packed, scale, zero, bias, bits, out_features, in_features) -> Tensor
+    def expert_linear(x, expert_of_row, packed, scale, zero, bias, bits, out_features, in_features) -> Tensor   # tiled
 
-in the compressed-tensors layout (see `reference`). A new one adds its file and one line to `BACKENDS`, before
-`reference`, which takes everything and is the oracle for the others. Importing this package imports no backend,
-never touches an accelerator, and does not need triton.
+A new one adds its file and one line to `BACKENDS`, before the plain torch of its layout, which takes everything and is
+the oracle for the others. Importing this package imports no backend, never touches an accelerator, and does not need
+triton.
 """
 
 from __future__ import annotations
 
-from functools import cache
-from importlib import import_module
-from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
-ANY = "any"
+from .registry import BACKENDS, LAYOUTS, Backend, get, preferred_layout, select
 
-# name: (module, device types it runs on), the preferred first. Relative: the Hub loads this package under other names.
-BACKENDS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "triton": (".triton_dequantize", ("cuda", "xpu")),
-    "reference": (".reference", (ANY,)),
-}
+if TYPE_CHECKING:
+    from .dispatch import dequantize, expert_linear, linear
 
-__all__ = ["BACKENDS", "get", "select"]
+__all__ = [
+    "BACKENDS",
+    "LAYOUTS",
+    "Backend",
+    "dequantize",
+    "expert_linear",
+    "get",
+    "linear",
+    "preferred_layout",
+    "select",
+]
 
 
-def get(name: str) -> ModuleType:
-    """The backend called `name`, imported on first use."""
-    return import_module(BACKENDS[name][0], __name__)
+def __getattr__(name: str) -> Any:
+    """What needs torch, imported when it is first asked for."""
+    if name in ("linear", "dequantize", "expert_linear"):
+        from . import dispatch
 
-
-@cache
-def select(device_type: str, bits: int) -> ModuleType:
-    """The first backend that takes `bits` on `device_type` (`cpu`, `cuda`, ...) and can be imported here."""
-    for name, (_, devices) in BACKENDS.items():
-        if device_type not in devices and ANY not in devices:
-            continue
-        try:
-            backend = get(name)
-        except ImportError:  # its own dependency is absent on this machine
-            continue
-        if backend.supports(bits):
-            return backend
-    raise LookupError(f"no backend in {list(BACKENDS)} supports {bits} bits on {device_type}")
+        return getattr(dispatch, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

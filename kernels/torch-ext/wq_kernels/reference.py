@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-__all__ = ["dequantize", "linear", "supports", "unpack"]
+__all__ = ["dequantize", "linear", "pack", "supports", "unpack"]
 
 _UNIT = 32  # values that fill a whole number of words at any width
 _F32 = torch.float32
@@ -50,11 +50,26 @@ def _unpack_within_bytes(stream: Tensor, bits: int) -> Tensor:
     return torch.stack(parts, -1).flatten(-2)
 
 
+def pack(values: Tensor, bits: int) -> Tensor:
+    """The inverse of `unpack` for 2, 4 and 8 bits: uint8 `[..., count]` to int32 words."""
+    padded = functional.pad(values, (0, -values.shape[-1] % (32 // bits))).unflatten(-1, (-1, 8 // bits))
+    stream = padded[..., 0].clone()
+    for i in range(1, 8 // bits):
+        stream |= padded[..., i] << (bits * i)
+    return stream.view(torch.int32)
+
+
 def dequantize(
-    packed: Tensor, scale: Tensor, zero: Tensor | None, bits: int, in_features: int, dtype: torch.dtype
+    packed: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bits: int,
+    out_features: int,
+    in_features: int,
+    dtype: torch.dtype,
 ) -> Tensor:
     """The weight, `[out, in]` in `dtype`: `scale · (code − zero)`, rounded once."""
-    out_features, groups = scale.shape
+    groups = scale.shape[1]
     codes = unpack(packed, bits, in_features).unflatten(-1, (groups, -1))
     # Codes and zero points are whole numbers below 257: exact in every float dtype, and so is their difference.
     work = scale.dtype if scale.dtype == dtype else torch.promote_types(torch.promote_types(scale.dtype, dtype), _F32)
@@ -68,7 +83,14 @@ def dequantize(
 
 
 def linear(
-    x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None, bits: int, in_features: int
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bias: Tensor | None,
+    bits: int,
+    out_features: int,
+    in_features: int,
 ) -> Tensor:
     """`x @ W.T + bias` for `x` `[..., in]`, in x's dtype."""
-    return functional.linear(x, dequantize(packed, scale, zero, bits, in_features, x.dtype), bias)
+    return functional.linear(x, dequantize(packed, scale, zero, bits, out_features, in_features, x.dtype), bias)

@@ -1,0 +1,145 @@
+"""Which tile a fused kernel uses, and into how many parts it splits the columns. Numbers only; no triton, no device.
+
+The table is short because N and K are ordinary numbers to the kernels, not constants of compilation: what decides is
+the processor and how many rows the input has. The split is a formula. Nothing is tuned while a model runs; a file
+written by `wq tune`, named in WQ_CONFIG, overrides the table for one device and one version of triton.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass, fields, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+__all__ = ["BUCKETS", "ENVIRONMENT", "FUSED_ROWS", "Config", "Device", "bucket", "choose", "overrides", "split"]
+
+ENVIRONMENT = "WQ_CONFIG"
+BUCKETS = (16, 32, 64, 128, 256)  # rows of the input, rounded up
+FUSED_ROWS = BUCKETS[-1]  # above, dequantizing once and the library's product win
+WORKSPACE = 8 * 2**20  # bytes that the partial sums of a split may take
+
+
+@dataclass(frozen=True)
+class Config:
+    """A tile of `rows_n` weights' rows by `rows_m` input rows, and how a thread block works on it."""
+
+    rows_n: int
+    rows_m: int
+    warps: int
+    stages: int
+    scale_weights: bool
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            whole = field.name != "scale_weights"
+            good = type(value) is int and value > 0 and value & (value - 1) == 0 if whole else type(value) is bool
+            if not (good or (field.name == "stages" and type(value) is int and 1 <= value <= 8)):
+                raise ValueError(f"{field.name} is {value!r}; it must be {'a power of two' if whole else 'true or false'}")
+        if self.rows_n < 16 or self.rows_m < 16 or self.warps > 16:
+            raise ValueError(f"{self}: tiles have at least 16 rows each way, and at most 16 warps")
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready dict."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Device:
+    """What the choice depends on. architecture: `sm_90`, `gfx942`, or `cpu` for the interpreter."""
+
+    name: str
+    architecture: str
+    processors: int
+
+
+def _table(small: Config, *rest: Config) -> dict[int, Config]:
+    return dict(zip(BUCKETS, (small, *rest), strict=True))
+
+
+# The first whose prefix fits. scripts/kernel_static_report.py compiles every entry: none spills, and the first bucket
+# stays below 2.9 instructions of a thread for each weight. Up to 32 rows the scale goes to the float32 sums: more exact,
+# and fewer instructions; above, the sums outnumber the weights. `mma` keeps its sums in the registers of the warps that
+# dequantize, so 64 rows are what eight warps hold without spilling; Hopper's `wgmma` gets to 128.
+TABLE: dict[str, dict[int, Config]] = {
+    "sm_90": _table(
+        Config(128, 16, 4, 4, False),
+        Config(128, 32, 4, 4, False),
+        Config(128, 64, 4, 3, True),
+        Config(128, 128, 8, 3, True),
+        Config(128, 128, 8, 3, True),
+    ),
+    "gfx": _table(
+        Config(128, 16, 4, 2, False),
+        Config(128, 32, 4, 2, False),
+        Config(128, 64, 8, 2, True),
+        Config(128, 64, 8, 2, True),
+        Config(128, 64, 8, 2, True),
+    ),
+    "": _table(
+        Config(128, 16, 4, 4, False),
+        Config(128, 32, 4, 4, False),
+        Config(128, 64, 8, 3, True),
+        Config(128, 64, 8, 3, True),
+        Config(128, 64, 8, 3, True),
+    ),
+}
+
+
+def bucket(m: int) -> int:
+    """The smallest bucket that holds m rows. Raises ValueError above FUSED_ROWS."""
+    for size in BUCKETS:
+        if m <= size:
+            return size
+    raise ValueError(f"the fused kernel takes at most {FUSED_ROWS} rows, not {m}")
+
+
+@cache
+def choose(device: Device, m: int, bits: int, block_groups: int, triton_version: str) -> Config:
+    """The tile for m rows, a bucket, on a device. block_groups: groups in a block of columns (1, or more if short)."""
+    own = overrides(device.name, triton_version).get(m)
+    if own is not None:
+        return own
+    if bits == 2:
+        m = min(m, 32)  # blocks are twice as wide, and so is the input's part of shared memory
+    config = next(table for prefix, table in TABLE.items() if device.architecture.startswith(prefix))[m]
+    if block_groups * config.rows_m > 32:  # several sums for each block: scaling them all costs more than the weights
+        return replace(config, scale_weights=True)
+    return config
+
+
+@cache
+def split(device: Device, config: Config, n: int, m: int, blocks: int) -> int:
+    """How many thread blocks share the columns of one tile.
+
+    Enough to fill the device: the number of waves of thread blocks, times the work of the longest one, is least. A
+    thread block costs about two blocks of columns to start and to sum up, and works on four at least.
+    """
+    tiles = -(-n // config.rows_n) * -(-m // config.rows_m)
+    resident = device.processors * max(1, 16 // config.warps)
+    tile_bytes = 4 * config.rows_n * config.rows_m
+    most = max(1, min(blocks // 4, WORKSPACE // (tiles * tile_bytes)))
+    return min(range(1, most + 1), key=lambda parts: (-(-tiles * parts // resident) * (-(-blocks // parts) + 2), parts))
+
+
+@cache
+def overrides(device_name: str, triton_version: str) -> dict[int, Config]:
+    """The entries of the file named in WQ_CONFIG that are for this device and this triton; none without the variable.
+
+    Raises ValueError for a file that cannot be read, rather than running with other tiles than asked for.
+    """
+    file = os.environ.get(ENVIRONMENT)
+    if not file:
+        return {}
+    try:
+        entries = json.loads(Path(file).read_text(encoding="utf-8"))["tiles"]
+        return {
+            bucket(entry["rows"]): Config(**entry["config"])
+            for entry in entries
+            if (entry["device"], entry["triton"]) == (device_name, triton_version)
+        }
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{ENVIRONMENT}={file} is no file of tiles ({error}); write one with `wq tune`.") from error

@@ -1,0 +1,93 @@
+"""Which backend computes on which device, in which layout."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["BACKENDS", "LAYOUTS", "Backend", "get", "preferred_layout", "select"]
+
+STREAM, TILED = "stream", "tiled"
+LAYOUTS = (STREAM, TILED)
+_ANY = "any"
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A module, relative because the Hub loads this package under other names; its layout; the devices it runs on."""
+
+    module: str
+    layout: str
+    devices: tuple[str, ...]
+
+
+# The preferred first.
+BACKENDS: dict[str, Backend] = {
+    "fused": Backend(".fused", TILED, ("cuda",)),
+    "tiles": Backend(".layout", TILED, (_ANY,)),
+    "dequantize": Backend(".dequantize", STREAM, ("cuda", "xpu")),
+    "reference": Backend(".reference", STREAM, (_ANY,)),
+}
+
+
+def get(name: str) -> ModuleType:
+    """The backend called `name`, imported on first use."""
+    return import_module(BACKENDS[name].module, __package__)
+
+
+@cache
+def select(device_type: str, bits: int, layout: str = STREAM) -> ModuleType:
+    """The first backend that takes `bits` in `layout` on `device_type` (`cpu`, `cuda`, ...) and can be imported here.
+
+    Raises LookupError when there is none.
+    """
+    for name, backend in BACKENDS.items():
+        if backend.layout != layout or (device_type not in backend.devices and _ANY not in backend.devices):
+            continue
+        try:
+            module = get(name)
+        except ImportError:  # its own dependency is absent on this machine
+            continue
+        if module.supports(bits):
+            return module
+    raise LookupError(f"no backend in {list(BACKENDS)} supports {bits} bits in the {layout} layout on {device_type}")
+
+
+def preferred_layout(device: torch.device, bits: int, in_features: int, groups: int) -> str:
+    """The layout in which a weight is multiplied fastest on a device."""
+    return reason(device, bits, in_features, groups)[0]
+
+
+def reason(device: torch.device, bits: int, in_features: int, groups: int) -> tuple[str, str]:
+    """`preferred_layout`, and why, in a few words."""
+    if device.type not in BACKENDS["fused"].devices:
+        return STREAM, f"no fused kernel runs on {device.type}"
+    from . import layout
+
+    if not layout.supports(bits):
+        return STREAM, f"{bits}-bit values straddle words"
+    if not layout.fits(bits, in_features, groups):
+        return STREAM, f"groups of {in_features // max(groups, 1)} are not 32 times a power of two"
+    refusal = unusable(device)
+    return (STREAM, refusal) if refusal else (TILED, "fused")
+
+
+@cache
+def unusable(device: torch.device) -> str:
+    """Why the fused kernel does not run on an accelerator; empty when it does. Compiles and runs a small one, once."""
+    try:
+        fused = get("fused")
+    except ImportError as error:
+        return f"triton is not installed ({error})"
+    problem = fused.self_test(device)
+    if problem:
+        _log.warning("the fused kernel is not used on %s: %s", device, problem)
+    return str(problem)
