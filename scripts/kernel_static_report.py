@@ -107,7 +107,7 @@ def compile_case(case: Case) -> Row:
         "STAGES": case.config.stages,
         "TARGET": "ptx" if nvidia else "generic",
     }
-    compiled = build(function, signature, constants, case.architecture, case.config.warps, case.config.stages)
+    compiled = build(function, signature, constants, case.architecture, case.config.launch_options(constants["TARGET"]))
     if not nvidia:
         return amd_row(case, compiled)
     usage, code = disassemble(compiled.asm["cubin"])
@@ -154,7 +154,7 @@ def amd_row(case: Case, compiled: Any) -> Row:
 
 
 def build(
-    function: Any, types: dict[str, str], constants: dict[str, Any], architecture: str, warps: int, stages: int
+    function: Any, types: dict[str, str], constants: dict[str, Any], architecture: str, options: dict[str, int]
 ) -> Any:
     """Compile for a processor as the launcher would: pointers aligned, numbers from the run."""
     signature = {
@@ -170,7 +170,7 @@ def build(
     )
     name, _, number = architecture.rpartition("_")
     target = GPUTarget("cuda", int(number), 32) if name == "sm" else GPUTarget("hip", architecture, 64)
-    return triton.compile(source, target=target, options={"num_warps": warps, "num_stages": stages})
+    return triton.compile(source, target=target, options=options)
 
 
 def disassemble(cubin: bytes) -> tuple[dict[str, int], list[tuple[int, str, str]]]:
@@ -214,7 +214,7 @@ def dequantize_faults(architecture: str) -> list[str]:
             constants = {"BITS": bits, "ROWS": dequantize._ROWS}
             if not tiles:
                 constants |= {"SYMMETRIC": False, "COLUMNS": dequantize._COLUMNS}
-            compiled = build(function, types, constants, architecture, 4, 3)
+            compiled = build(function, types, constants, architecture, {})
             if architecture.startswith("sm_"):
                 usage, _ = disassemble(compiled.asm["cubin"])
                 if usage["STACK"] or usage["LOCAL"]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -24,23 +24,36 @@ WORKSPACE = 8 * 2**20  # bytes that the partial sums of a split may take
 
 @dataclass(frozen=True)
 class Config:
-    """A tile of `rows_n` weights' rows by `rows_m` input rows, and how a thread block works on it."""
+    """A tile of `rows_n` weights' rows by `rows_m` input rows, and how a thread block works on it.
+
+    registers: the most a thread may have; 0 leaves it to the assembler. Raises ValueError for what cannot be compiled.
+    """
 
     rows_n: int
     rows_m: int
     warps: int
     stages: int
     scale_weights: bool
+    registers: int = 0
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            whole = field.name != "scale_weights"
-            good = type(value) is int and value > 0 and value & (value - 1) == 0 if whole else type(value) is bool
-            if not (good or (field.name == "stages" and type(value) is int and 1 <= value <= 8)):
-                raise ValueError(f"{field.name} is {value!r}; it must be {'a power of two' if whole else 'true or false'}")
-        if self.rows_n < 16 or self.rows_m < 16 or self.warps > 16:
-            raise ValueError(f"{self}: tiles have at least 16 rows each way, and at most 16 warps")
+        allowed: dict[str, tuple[Any, ...]] = {
+            "rows_n": (16, 32, 64, 128, 256),
+            "rows_m": (16, 32, 64, 128, 256),
+            "warps": (1, 2, 4, 8, 16),
+            "stages": tuple(range(1, 9)),
+            "scale_weights": (False, True),
+            "registers": (0, *range(32, 256)),
+        }
+        for name, values in allowed.items():
+            value = getattr(self, name)
+            if type(value) is not type(values[0]) or value not in values:
+                raise ValueError(f"{name} is {value!r}; it must be one of {values[0]} to {values[-1]}")
+
+    def launch_options(self, target: str) -> dict[str, int]:
+        """What Triton's launcher takes beside the constants. Only NVIDIA's assembler knows a limit of registers."""
+        limit = {"maxnreg": self.registers} if self.registers and target == "ptx" else {}
+        return {"num_warps": self.warps, "num_stages": self.stages, **limit}
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dict."""
@@ -56,36 +69,20 @@ class Device:
     processors: int
 
 
-def _table(small: Config, *rest: Config) -> dict[int, Config]:
-    return dict(zip(BUCKETS, (small, *rest), strict=True))
+def _table(*configs: Config) -> dict[int, Config]:
+    return dict(zip(BUCKETS, configs, strict=True))
 
 
 # The first whose prefix fits. scripts/kernel_static_report.py compiles every entry: none spills, and the first bucket
 # stays below 2.9 instructions of a thread for each weight. Up to 32 rows the scale goes to the float32 sums: more exact,
 # and fewer instructions; above, the sums outnumber the weights. `mma` keeps its sums in the registers of the warps that
-# dequantize, so 64 rows are what eight warps hold without spilling; Hopper's `wgmma` gets to 128.
+# dequantize, which holds 64 rows; Hopper's `wgmma` gets to 128. AMD's pipeline has two stages.
+_FEW = (Config(128, 16, 4, 4, False), Config(128, 32, 4, 4, False))
 TABLE: dict[str, dict[int, Config]] = {
-    "sm_90": _table(
-        Config(128, 16, 4, 4, False),
-        Config(128, 32, 4, 4, False),
-        Config(128, 64, 4, 3, True),
-        Config(128, 128, 8, 3, True),
-        Config(128, 128, 8, 3, True),
-    ),
-    "gfx": _table(
-        Config(128, 16, 4, 2, False),
-        Config(128, 32, 4, 2, False),
-        Config(128, 64, 8, 2, True),
-        Config(128, 64, 8, 2, True),
-        Config(128, 64, 8, 2, True),
-    ),
-    "": _table(
-        Config(128, 16, 4, 4, False),
-        Config(128, 32, 4, 4, False),
-        Config(128, 64, 8, 3, True),
-        Config(128, 64, 8, 3, True),
-        Config(128, 64, 8, 3, True),
-    ),
+    "sm_90": _table(*_FEW, Config(128, 64, 4, 3, True), *2 * (Config(128, 128, 8, 3, True),)),
+    "sm_12": _table(*_FEW, *3 * (Config(128, 64, 8, 3, True),)),
+    "gfx": _table(*(replace(config, stages=2) for config in _FEW), *3 * (Config(128, 64, 8, 2, True),)),
+    "": _table(*_FEW, *3 * (Config(64, 64, 4, 4, True),)),
 }
 
 
@@ -106,9 +103,12 @@ def choose(device: Device, m: int, bits: int, block_groups: int, triton_version:
     if bits == 2:
         m = min(m, 32)  # blocks are twice as wide, and so is the input's part of shared memory
     config = next(table for prefix, table in TABLE.items() if device.architecture.startswith(prefix))[m]
-    if block_groups * config.rows_m > 32:  # several sums for each block: scaling them all costs more than the weights
-        return replace(config, scale_weights=True)
-    return config
+    if block_groups == 1:
+        return config
+    # Several sums for each block: with many of them, scaling the weights is cheaper. Left to itself, the assembler would
+    # rather spill two registers than run one thread block less.
+    limit = 255 if config.rows_m <= 32 else 0
+    return replace(config, scale_weights=block_groups * config.rows_m > 64, registers=limit)
 
 
 @cache

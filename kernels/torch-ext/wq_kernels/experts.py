@@ -159,7 +159,6 @@ def expert_linear(
             SCALE_WEIGHTS=config.scale_weights,
             STAGES=config.stages,
             TARGET=target(x.device),
-            num_warps=config.warps,
-            num_stages=config.stages,
+            **config.launch_options(target(x.device)),
         )
     return y
