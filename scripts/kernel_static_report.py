@@ -94,9 +94,9 @@ def compile_case(case: Case) -> Row:
     block = 512 // case.bits
     nvidia = case.architecture.startswith("sm_")
     signature = {
-        **{name: f"*{case.dtype}" for name in ("x_ptr", "scale_ptr", "bias_ptr", "y_ptr")},
-        **{name: "*i32" for name in ("words_ptr", "counter_ptr", "row_ptr", "expert_ptr")},
-        **{"zero_ptr": "*u8", "partial_ptr": "*fp32", "weight_ptr": "*fp32"},
+        **dict.fromkeys(("x_ptr", "scale_ptr", "bias_ptr", "y_ptr"), f"*{case.dtype}"),
+        **dict.fromkeys(("words_ptr", "counter_ptr", "row_ptr", "expert_ptr"), "*i32"),
+        **{"zero_ptr": "*u8", "partial_ptr": "*fp32"},
     }
     constants = {
         "BITS": case.bits,
@@ -116,7 +116,16 @@ def compile_case(case: Case) -> Row:
     operations = [operation for _, operation, _ in loop]
     widths = [{"128": 16, "64": 8}.get(op.rpartition(".")[2], 4) for op in operations if op.startswith("LDGSTS")]
     matrix = next((op for op in operations if op.startswith(("HGMMA", "HMMA"))), "none")
-    row = Row(case, usage["REG"], usage["STACK"], compiled.metadata.shared, len(loop), per_weight, max(widths, default=0), matrix)
+    row = Row(
+        case,
+        usage["REG"],
+        usage["STACK"],
+        compiled.metadata.shared,
+        len(loop),
+        per_weight,
+        max(widths, default=0),
+        matrix,
+    )
     row.faults = list(faults(row, usage, operations))
     return row
 
@@ -157,9 +166,7 @@ def build(
     function: Any, types: dict[str, str], constants: dict[str, Any], architecture: str, options: dict[str, int]
 ) -> Any:
     """Compile for a processor as the launcher would: pointers aligned, numbers from the run."""
-    signature = {
-        name: "constexpr" if name in constants else types.get(name, "i32") for name in function.arg_names
-    }
+    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in function.arg_names}
     # zero_rows and the like are multiples of 16 by the layout; the launcher finds that out from their values.
     aligned = [i for i, name in enumerate(function.arg_names) if signature[name].startswith("*") or name == "zero_rows"]
     source = ASTSource(
@@ -225,15 +232,20 @@ def dequantize_faults(architecture: str) -> list[str]:
 def report(rows: list[Row], dense: list[str], as_json: bool) -> None:
     """A line for each binary, or JSON."""
     if as_json:
-        print(json.dumps({"triton": triton.__version__, "rows": [asdict(row) for row in rows], "dequantize": dense}, indent=1))
+        print(
+            json.dumps(
+                {"triton": triton.__version__, "rows": [asdict(row) for row in rows], "dequantize": dense}, indent=1
+            )
+        )
         return
     print(f"triton {triton.__version__}, {len(rows)} binaries")
-    print(f"{'kernel':8}{'for':8}{'dtype':6}{'bits':>5}{'group':>6}{'rows':>5}  {'tile':12}{'regs':>5}{'stack':>6}{'shared':>8}{'instr/w':>8}  multiplies")
+    print("kernel  for     dtype  bits group rows  tile         regs stack  shared instr/w  multiplies")
     for row in rows:
         case, config = row.case, row.case.config
         tile = f"{config.rows_n}x{config.rows_m} w{config.warps} s{config.stages}"
+        which = f"{case.kernel:8}{case.architecture:8}{case.dtype:6}{case.bits:5}{case.group_size:6}{case.rows:5}"
         print(
-            f"{case.kernel:8}{case.architecture:8}{case.dtype:6}{case.bits:5}{case.group_size:6}{case.rows:5}  {tile:12}"
+            f"{which}  {tile:12}"
             f"{row.registers:5}{row.stack:6}{row.shared:8}{row.per_weight:8.2f}  {row.matrix}  {'; '.join(row.faults)}"
         )
     for fault in dense:

@@ -197,6 +197,66 @@ def push(
     print(json.dumps({"repo": repo, "url": address})) if as_json else _out.print(address, highlight=False)
 
 
+@app.command()
+def doctor(
+    checkpoint: Annotated[
+        Path | None, typer.Argument(help="A checkpoint folder: explain the kernel of each layer.")
+    ] = None,
+    arch: Annotated[str | None, typer.Option(help="Explain for sm_80, sm_90, ... instead of the device here.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Versions, devices, and which kernel each layer of a checkpoint would use, and why."""
+    from wq.doctor import doctor as run
+
+    report = run(checkpoint, arch)
+    if as_json:
+        print(json.dumps(report))
+        return
+    versions = ", ".join(f"{name} {version or 'absent'}" for name, version in report["versions"].items())
+    devices = ", ".join(str(device.get("name", device["device"])) for device in report["devices"])
+    backends = ", ".join(name if here else f"{name} (cannot be imported)" for name, here in report["backends"].items())
+    for label, text in (("versions", versions), ("devices", devices), ("backends", backends)):
+        _out.print(f"{label}: {text}", markup=False, highlight=False, soft_wrap=True)
+    if report["tiles"]:
+        _out.print(f"tiles: {report['tiles']}", markup=False, highlight=False, soft_wrap=True)
+    for layer in report.get("layers", ()):
+        _out.print(kernel_table(layer, report["for"]))
+
+
+def kernel_table(layer: dict[str, Any], device: str) -> Table:
+    """What computes a layer, by the rows of its input."""
+    grid = "symmetric" if layer["symmetric"] else "asymmetric"
+    size = f"{layer['out_features']} × {layer['in_features']}, {layer['bits']} bits, groups of {layer['group_size']}"
+    why = "" if layer["why"] == "fused" else f" ({layer['why']})"
+    title = f"{layer['count']} layers of {size}, {grid}: {', '.join(layer['layers'])}"
+    table = Table(title=title, title_justify="left")
+    table.add_column("rows", justify="right")
+    table.add_column(f"on {device}{why}")
+    for rows, kernel in layer["kernels"].items():
+        table.add_row(str(rows), kernel)
+    return table
+
+
+@app.command()
+def tune(
+    output: Annotated[Path, typer.Option("--output", "-o", help="The file to write; name it in WQ_CONFIG.")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Measure the kernels' tiles on this GPU, and write those that beat the built-in table. Takes minutes."""
+    from wq.tuning import tune as run
+
+    with _progress("rows", as_json) as update:
+        made = run(output, overwrite=overwrite, on_bucket=update and (lambda done, total: update(done, total, "")))
+    if as_json:
+        print(json.dumps(made))
+        return
+    for tile in made["tiles"]:
+        gain = tile["default_milliseconds"] / tile["milliseconds"]
+        _out.print(f"up to {tile['rows']} rows: {gain:.2f}× as fast as the table", highlight=False)
+    _out.print(f"next: WQ_CONFIG={output} python ...", markup=False, highlight=False, soft_wrap=True)
+
+
 @contextmanager
 def _progress(verb: str, quiet: bool) -> Iterator[Callable[[int, int, str], None] | None]:
     """A callback `(done, total, note)`: it moves a bar in a terminal and prints a line elsewhere; None when quiet."""

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
 from transformers.core_model_loading import ConversionOps
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.utils import logging as transformers_logging
@@ -36,7 +37,7 @@ from wq.checkpoint import Entry, read_header
 from wq.errors import CheckpointError, FormatError, ModelError, first_line
 from wq.formats import bits as bit_stream
 from wq.formats import compressed_tensors
-from wq.layers import WqLinear
+from wq.layers import ExpertWeight, WqLinear, experts
 from wq.scheme import PER_CHANNEL, Scheme
 from wq.solvers import rtn
 from wq.structure import auto_group_size, find_blocks, find_linears, is_linear, map_names, patterns
@@ -320,12 +321,14 @@ class _Dequantize(ConversionOps):
         if "weight_packed" not in tensors:
             return {full_layer_name: tensors["weight"].to(dtype)}
         scheme = self.hf_quantizer.schemes[full_layer_name.removesuffix(".weight")]
+        out_features, in_features = model.get_parameter(full_layer_name).shape
         weight = wq_kernels.dequantize(
             tensors["weight_packed"],
             tensors["weight_scale"],
             tensors.get("weight_zero_point"),
             scheme.bits,
-            *model.get_parameter(full_layer_name).shape,
+            out_features,
+            in_features,
             dtype,
         )
         return {full_layer_name: weight}
@@ -350,6 +353,16 @@ def _bind(mine: WqConfig, checkpoint: Any) -> WqConfig:
     bound = WqConfig(mine.bits, mine.group_size, mine.symmetric, mine.keep, mine.dequantize)
     bound.checkpoint = dict(values)
     return bound
+
+
+def _experts_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+    """The experts implementation called `wq`; experts that are dense take transformers' grouped one."""
+    if isinstance(getattr(module, "down_proj", None), ExpertWeight):
+        return experts.forward(module, *args, **kwargs)
+    return ALL_EXPERTS_FUNCTIONS["grouped_mm"](module, *args, **kwargs)
+
+
+ALL_EXPERTS_FUNCTIONS.register(experts.IMPLEMENTATION, _experts_forward)
 
 
 def _wrap_merge() -> None:

@@ -1,5 +1,6 @@
-"""What runs in place of a dense layer: one op, and the module that holds packed weights for it."""
+"""What runs in place of dense layers: the ops, and the modules that hold packed weights for them."""
 
+from wq.layers.experts import ExpertWeight
 from wq.layers.linear import PackedWeight, WqLinear
 
-__all__ = ["PackedWeight", "WqLinear"]
+__all__ = ["ExpertWeight", "PackedWeight", "WqLinear"]

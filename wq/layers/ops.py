@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 import wq_kernels
+from wq_kernels import layout as tiles
 
 STREAM = "stream"  # the layout of checkpoints
 
@@ -28,6 +29,9 @@ _LIBRARY.define(
 )
 _LIBRARY.define(
     f"expert_linear(Tensor x, Tensor expert_of_row, {_WEIGHT}, Tensor? bias, {_SIZES}) -> Tensor", tags=_TAGS
+)
+_LIBRARY.define(
+    f"expert_linear_backward(Tensor grad, Tensor expert_of_row, {_WEIGHT}, int inputs, {_SIZES}) -> Tensor", tags=_TAGS
 )
 
 
@@ -53,6 +57,7 @@ for _key in ("CPU", "CUDA", "XPU", "MPS"):
     _LIBRARY.impl("linear", wq_kernels.linear, _key)
     _LIBRARY.impl("linear_backward", _linear_backward, _key)
     _LIBRARY.impl("expert_linear", wq_kernels.expert_linear, _key)
+    _LIBRARY.impl("expert_linear_backward", tiles.expert_linear_backward, _key)
 
 
 @torch.library.register_fake("wq::linear", lib=_LIBRARY)
@@ -80,6 +85,11 @@ def _linear_backward_fake(grad: Tensor, *rest: Any) -> Tensor:
 @torch.library.register_fake("wq::expert_linear", lib=_LIBRARY)
 def _expert_linear_fake(x: Tensor, expert_of_row: Tensor, *rest: Any) -> Tensor:
     return x.new_empty(expert_of_row.shape[0], rest[-2])
+
+
+@torch.library.register_fake("wq::expert_linear_backward", lib=_LIBRARY)
+def _expert_linear_backward_fake(grad: Tensor, *rest: Any) -> Tensor:
+    return grad.new_empty(rest[-4], rest[-1])
 
 
 class _Linear(torch.autograd.Function):
@@ -121,3 +131,39 @@ def linear(
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
         return _Linear.apply(x, bias, packed, scale, zero, permutation, *sizes)
     return torch.ops.wq.linear(x, packed, scale, zero, permutation, bias, *sizes)
+
+
+class _ExpertLinear(torch.autograd.Function):
+    """The gradient for the input; weights and biases of experts have none."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, expert_of_row: Tensor, bias: Tensor | None, *weight: Any) -> Tensor:
+        packed, scale, zero, *sizes = weight
+        ctx.save_for_backward(expert_of_row, packed, scale, zero)
+        ctx.inputs, ctx.sizes = x.shape[0], sizes
+        return torch.ops.wq.expert_linear(x, expert_of_row, packed, scale, zero, bias, *sizes)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        grad_x = torch.ops.wq.expert_linear_backward(grads[0], *ctx.saved_tensors, ctx.inputs, *ctx.sizes)
+        return grad_x, *(None for _ in ctx.needs_input_grad[1:])
+
+
+def expert_linear(
+    x: Tensor,
+    expert_of_row: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    bias: Tensor | None,
+    bits: int,
+    out_features: int,
+    in_features: int,
+) -> Tensor:
+    """Each row times the weight of its expert, `[rows, out]`; see `wq_kernels.expert_linear`."""
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    sizes = (bits, out_features, in_features)
+    if torch.is_grad_enabled() and x.requires_grad:
+        return _ExpertLinear.apply(x, expert_of_row, bias, packed, scale, zero, *sizes)
+    return torch.ops.wq.expert_linear(x, expert_of_row, packed, scale, zero, bias, *sizes)

@@ -137,7 +137,9 @@ def _expect(name: str, tensor: Tensor | None, shape: tuple[int, ...], dtypes: tu
 def _same_device(name: str, tensor: Tensor, **others: Tensor | None) -> None:
     for other, value in others.items():
         if value is not None and value.device != tensor.device:
-            raise ValueError(f"{name} is on {tensor.device} and {other} on {value.device}; move the layer to x's device")
+            raise ValueError(
+                f"{name} is on {tensor.device} and {other} on {value.device}; move the layer to x's device"
+            )
 
 
 def _of(tensor: Tensor | None) -> str:

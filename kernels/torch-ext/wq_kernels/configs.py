@@ -74,9 +74,9 @@ def _table(*configs: Config) -> dict[int, Config]:
 
 
 # The first whose prefix fits. scripts/kernel_static_report.py compiles every entry: none spills, and the first bucket
-# stays below 2.9 instructions of a thread for each weight. Up to 32 rows the scale goes to the float32 sums: more exact,
-# and fewer instructions; above, the sums outnumber the weights. `mma` keeps its sums in the registers of the warps that
-# dequantize, which holds 64 rows; Hopper's `wgmma` gets to 128. AMD's pipeline has two stages.
+# stays below 2.9 instructions of a thread for each weight. Up to 32 rows the scale goes to the float32 sums: more
+# exact, and fewer instructions; above, the sums outnumber the weights. `mma` keeps its sums in the registers of the
+# warps that dequantize, which holds 64 rows; Hopper's `wgmma` gets to 128. AMD's pipeline has two stages.
 _FEW = (Config(128, 16, 4, 4, False), Config(128, 32, 4, 4, False))
 TABLE: dict[str, dict[int, Config]] = {
     "sm_90": _table(*_FEW, Config(128, 64, 4, 3, True), *2 * (Config(128, 128, 8, 3, True),)),
@@ -105,8 +105,8 @@ def choose(device: Device, m: int, bits: int, block_groups: int, triton_version:
     config = next(table for prefix, table in TABLE.items() if device.architecture.startswith(prefix))[m]
     if block_groups == 1:
         return config
-    # Several sums for each block: with many of them, scaling the weights is cheaper. Left to itself, the assembler would
-    # rather spill two registers than run one thread block less.
+    # Several sums for each block: with many of them, scaling the weights is cheaper. Left to itself, the assembler
+    # would rather spill two registers than run one thread block less.
     limit = 255 if config.rows_m <= 32 else 0
     return replace(config, scale_weights=block_groups * config.rows_m > 64, registers=limit)
 

@@ -118,8 +118,8 @@ def expert_linear(
 ) -> Tensor:
     """Row r is `x[r // s] @ W[expert_of_row[r]].T + bias[expert_of_row[r]]`, with s = rows / inputs: `[rows, out]`.
 
-    x: float16 or bfloat16 `[inputs, in]`; other dtypes take `layout.expert_linear`. words, scale, zero: the tiled layout, with a
-    dimension of experts before the others. bias `[E, out]`. Rows without an expert are 0.
+    x: float16 or bfloat16 `[inputs, in]`; other dtypes take `layout.expert_linear`. words, scale, zero: the tiled
+    layout, with a dimension of experts before the others. bias `[E, out]`. Rows without an expert are 0.
     """
     rows = expert_of_row.shape[0]
     if x.dtype not in _HALF or rows == 0:

@@ -122,33 +122,39 @@ def linear(
     """
     rows = x.reshape(-1, in_features)
     if x.dtype in _HALF and 0 < rows.shape[0] <= configs.FUSED_ROWS:
-        y = _fused(rows, words, scale, zero, bias, bits, out_features)
+        y = multiply_rows(rows, words, scale, zero, bias, bits, out_features)
     else:
         y = _dense(rows, words, scale, zero, bias, bits, out_features)
     return y.view(*x.shape[:-1], out_features)
 
 
-def _fused(
-    x: Tensor, words: Tensor, scale: Tensor, zero: Tensor, bias: Tensor | None, bits: int, out_features: int
+def multiply_rows(
+    x: Tensor,
+    words: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    bias: Tensor | None,
+    bits: int,
+    out_features: int,
+    config: configs.Config | None = None,
 ) -> Tensor:
-    m, blocks, device = x.shape[0], words.shape[0], describe(x.device)
+    """The fused kernel on x `[M, in]`, float16 or bfloat16, with the tile of the table or the one given."""
+    m, groups, blocks, device = x.shape[0], scale.shape[0], words.shape[0], describe(x.device)
     columns = blocks * layout.block_columns(bits)
     x = functional.pad(x, (0, columns - x.shape[1])) if x.shape[1] < columns else x.contiguous()
-    groups = scale.shape[0]
     block_groups = max(1, groups // blocks)
-    group_shift = _NO_SHIFT if groups == 1 else (blocks // groups).bit_length() - 1
-    config = configs.choose(device, configs.bucket(m), bits, block_groups, triton.__version__)
-    grid = (-(-m // config.rows_m), -(-out_features // config.rows_n), configs.split(device, config, out_features, m, blocks))
+    if config is None:
+        config = configs.choose(device, configs.bucket(m), bits, block_groups, triton.__version__)
+    tiles_m, tiles_n = -(-m // config.rows_m), -(-out_features // config.rows_n)
+    splits = configs.split(device, config, out_features, m, blocks)
     y = torch.empty(m, out_features, dtype=x.dtype, device=x.device)
-    tiles, splits = grid[0] * grid[1], grid[2]
     partial = counters = y  # unused
     if splits > 1:
-        partial = torch.empty(
-            tiles * splits * config.rows_n * config.rows_m, dtype=torch.float32, device=x.device
-        )
-        counters = _counters(x.device, stream(x.device), 1 << (tiles - 1).bit_length())
+        places = tiles_m * tiles_n * splits * config.rows_n * config.rows_m
+        partial = torch.empty(places, dtype=torch.float32, device=x.device)
+        counters = _counters(x.device, stream(x.device), 1 << (tiles_m * tiles_n - 1).bit_length())
     with on(x.device):
-        _fused_kernel[grid](
+        _fused_kernel[tiles_m, tiles_n, splits](
             x,
             words,
             scale,
@@ -161,7 +167,7 @@ def _fused(
             out_features,
             blocks,
             zero.shape[1] if zero.shape[0] > 1 else 0,
-            group_shift,
+            _NO_SHIFT if groups == 1 else (blocks // groups).bit_length() - 1,
             BITS=bits,
             BLOCK_GROUPS=block_groups,
             BN=config.rows_n,
@@ -211,5 +217,5 @@ def self_test(device: torch.device) -> str:
         y = linear(x.to(device), words.to(device), scale.to(device), zero.to(device), None, *arguments).double().cpu()
     except Exception as error:  # whatever a compiler or a driver raises: the slower path still works
         return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-    error = ((y - expected).norm() / expected.norm()).item()
-    return "" if error < 2e-3 else f"its result on this device is wrong by {error:.1e}"
+    wrong = ((y - expected).norm() / expected.norm()).item()
+    return "" if wrong < 2e-3 else f"its result on this device is wrong by {wrong:.1e}"

@@ -12,8 +12,8 @@ so they are made in float16 and converted; `c - zero` then still is exact.
 The weights are the left operand of `dot`, which Hopper's `wgmma` and Ampere's `mma` both take from registers, so the
 dequantized tile never visits shared memory. What is pipelined through shared memory is the packed tile.
 
-The scale is applied to the float32 sum of a group (more exact, and cheap for few rows), or to the weights (SCALE_WEIGHTS:
-cheaper when the sums outnumber the weights).
+The scale is applied to the float32 sum of a group (more exact, and cheap for few rows), or to the weights
+(SCALE_WEIGHTS: cheaper when the sums outnumber the weights).
 
 TARGET is "ptx" on NVIDIA; "generic" elsewhere, in plain Triton; "interpreter" where Triton only imitates a device:
 bfloat16 arithmetic is wrong there, so everything is widened to float32, which is exact for these integers.
@@ -48,7 +48,7 @@ def _pair(word, MASK: tl.constexpr, MAGIC: tl.constexpr, DTYPE: tl.constexpr, TA
 @triton.jit
 def subtile(word, zero, p: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr, TARGET: tl.constexpr):  # type: ignore[no-untyped-def]
     """Subtile p of a tile of words [BN, 16]: `code - zero`, [BN, 32] in DTYPE; zero is uint8 [BN]."""
-    BF16: tl.constexpr = DTYPE == tl.bfloat16 and BITS < 8
+    BF16: tl.constexpr = tl.bfloat16 == DTYPE and BITS < 8
     MANTISSA: tl.constexpr = 7 if BF16 else 10
     ONE_SHIFT: tl.constexpr = MANTISSA // BITS  # fields that a mantissa takes before the word must be shifted
     OFFSET: tl.constexpr = BITS * (p % ONE_SHIFT)
@@ -104,7 +104,7 @@ def multiply(  # type: ignore[no-untyped-def]
             if SCALE_WEIGHTS:
                 total = tl.dot(w * s.to(w.dtype)[:, None], a, total)
             else:
-                if p % GROUP_SUBTILES == 0:
+                if p % GROUP_SUBTILES == 0:  # noqa: SIM108 - `part` is not defined before
                     part = tl.dot(w, a)
                 else:
                     part = tl.dot(w, a, part)

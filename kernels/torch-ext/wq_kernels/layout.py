@@ -22,13 +22,24 @@ A zero point is kept as a plain byte: exact in every dtype, so `.to(dtype)` cann
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from . import reference
 
-__all__ = ["dequantize", "expert_linear", "fits", "from_stream", "linear", "supports", "to_stream"]
+__all__ = [
+    "dequantize",
+    "expert_linear",
+    "expert_linear_backward",
+    "fits",
+    "from_stream",
+    "linear",
+    "supports",
+    "to_stream",
+]
 
 ROW_ALIGNMENT = 16
 WORDS = 16  # of one row in one block
@@ -130,18 +141,43 @@ def expert_linear(
     words, scale, zero and bias have a dimension of experts before the others. Rows without an expert are 0. One expert
     after the other: the oracle of the grouped kernel.
     """
-    rows = expert_of_row.shape[0]
-    y = x.new_zeros(rows, out_features)
-    inputs = torch.arange(rows, device=x.device) // max(1, rows // max(1, x.shape[0]))
-    for expert in torch.unique(expert_of_row).tolist():
-        if not 0 <= expert < words.shape[0]:
-            continue
-        mine = (expert_of_row == expert).nonzero().squeeze(1)
-        own = None if bias is None else bias[expert]
-        y[mine] = linear(
-            x[inputs[mine]], words[expert], scale[expert], zero[expert], own, bits, out_features, in_features
-        )
+    y = x.new_zeros(expert_of_row.shape[0], out_features)
+    share = _rows_per_input(x, expert_of_row)
+    for expert, mine in _rows_by_expert(expert_of_row, words.shape[0]):
+        weight = dequantize(words[expert], scale[expert], zero[expert], bits, out_features, in_features, x.dtype)
+        y[mine] = functional.linear(x[mine // share], weight, None if bias is None else bias[expert].to(x.dtype))
     return y
+
+
+def expert_linear_backward(
+    grad: Tensor,
+    expert_of_row: Tensor,
+    words: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    inputs: int,
+    bits: int,
+    out_features: int,
+    in_features: int,
+) -> Tensor:
+    """The gradient of `expert_linear` for x, `[inputs, in]`, from that for its result, `[rows, out]`."""
+    grad_x = grad.new_zeros(inputs, in_features)
+    share = _rows_per_input(grad_x, expert_of_row)
+    for expert, mine in _rows_by_expert(expert_of_row, words.shape[0]):
+        weight = dequantize(words[expert], scale[expert], zero[expert], bits, out_features, in_features, grad.dtype)
+        grad_x.index_add_(0, mine // share, grad[mine] @ weight)
+    return grad_x
+
+
+def _rows_per_input(x: Tensor, expert_of_row: Tensor) -> int:
+    return max(1, expert_of_row.shape[0] // max(1, x.shape[0]))
+
+
+def _rows_by_expert(expert_of_row: Tensor, experts: int) -> Iterator[tuple[int, Tensor]]:
+    """Every expert that has rows, and which."""
+    for expert in torch.unique(expert_of_row).tolist():
+        if 0 <= expert < experts:
+            yield expert, (expert_of_row == expert).nonzero().squeeze(1)
 
 
 def _padding(size: int, multiple: int) -> int:

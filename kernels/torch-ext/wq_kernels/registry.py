@@ -70,14 +70,19 @@ def reason(device: torch.device, bits: int, in_features: int, groups: int) -> tu
     """`preferred_layout`, and why, in a few words."""
     if device.type not in BACKENDS["fused"].devices:
         return STREAM, f"no fused kernel runs on {device.type}"
+    refusal = reason_for_shape(bits, in_features, groups) or unusable(device)
+    return (STREAM, refusal) if refusal else (TILED, "fused")
+
+
+def reason_for_shape(bits: int, in_features: int, groups: int) -> str:
+    """Why the fused kernel does not take such a weight, on any device; empty when it does."""
     from . import layout
 
     if not layout.supports(bits):
-        return STREAM, f"{bits}-bit values straddle words"
+        return f"{bits}-bit values straddle words"
     if not layout.fits(bits, in_features, groups):
-        return STREAM, f"groups of {in_features // max(groups, 1)} are not 32 times a power of two"
-    refusal = unusable(device)
-    return (STREAM, refusal) if refusal else (TILED, "fused")
+        return f"groups of {in_features // max(groups, 1)} are not 32 times a power of two"
+    return ""
 
 
 @cache

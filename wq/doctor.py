@@ -1,0 +1,164 @@
+"""What would run here: the versions, the devices, and for a checkpoint the kernel that each of its layers would use.
+
+Reads the headers of a checkpoint, never its weights, and asks the kernels' own tables: what it says is what runs.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import wq_kernels
+from wq.checkpoint import Entry, read_headers, read_tensor
+from wq.errors import CheckpointError, ModelError
+from wq.machine import default_device
+from wq_kernels import configs, layout, registry
+
+PACKAGES = ("torch", "triton", "transformers", "accelerate", "safetensors", "compressed-tensors", "kernels")
+ROWS = (1, 16, 64, 256, 512)  # of the input, for which a kernel is shown
+
+# Processors of well-known devices, to split the work as they would where they are not at hand.
+_PROCESSORS = {"sm_80": 108, "sm_86": 84, "sm_89": 128, "sm_90": 132, "sm_120": 170, "gfx942": 304}
+_LAYER = re.compile(r"\.\d+\.")
+
+
+def doctor(checkpoint: str | os.PathLike[str] | None = None, architecture: str | None = None) -> dict[str, Any]:
+    """A JSON-ready report. architecture (`sm_90`): explain for a device that is not here, instead of the first GPU.
+
+    Raises ModelError for an architecture wq knows nothing of, CheckpointError for a folder that is no quantized
+    checkpoint.
+    """
+    if architecture is not None and architecture not in _PROCESSORS:
+        raise ModelError(f"architecture is {architecture!r}; wq knows {', '.join(_PROCESSORS)}.")
+    report: dict[str, Any] = {
+        "versions": {name: _version(name) for name in PACKAGES},
+        "devices": _devices(),
+        "backends": {name: _importable(name) for name in wq_kernels.BACKENDS},
+        "tiles": os.environ.get(configs.ENVIRONMENT),
+    }
+    if checkpoint is not None:
+        report["checkpoint"] = str(checkpoint)
+        report["for"] = architecture or str(_first_device())
+        report["layers"] = explain(Path(checkpoint), architecture)
+    return report
+
+
+def explain(folder: Path, architecture: str | None = None) -> list[dict[str, Any]]:
+    """One entry for the layers of one shape: their names and number, what multiplies them, and why."""
+    alike: dict[tuple[int, int, int, int, bool], list[str]] = {}
+    headers = read_headers(folder)
+    for name, entry in headers.items():
+        path, _, leaf = name.rpartition(".")
+        if leaf == "weight_packed":
+            alike.setdefault(_weight(path, entry, headers), []).append(_LAYER.sub(".*.", path))
+    if not alike:
+        raise CheckpointError(
+            f"{folder} holds no packed weights. `wq doctor` explains checkpoints made by wq quantize."
+        )
+    return [_entry(weight, names, architecture) for weight, names in alike.items()]
+
+
+def _weight(path: str, packed: Entry, headers: dict[str, Entry]) -> tuple[int, int, int, int, bool]:
+    """bits, out_features, in_features, groups and symmetric of one packed weight."""
+    scale, shape = headers.get(f"{path}.weight_scale"), headers.get(f"{path}.weight_shape")
+    if scale is None or shape is None or len(scale.shape) != 2 or len(packed.shape) != 2:
+        raise CheckpointError(f"{path}: weight_scale [out, groups] or weight_shape is missing. Download it again.")
+    out_features, in_features = read_tensor(shape).flatten().tolist()
+    groups = scale.shape[1]
+    bits = packed.shape[1] * 32 // in_features if in_features > 0 else 0
+    if out_features != packed.shape[0] or not 1 <= bits <= 8 or groups < 1 or in_features % groups:
+        raise CheckpointError(
+            f"{path}: weight_shape [{out_features}, {in_features}] does not fit weight_packed {list(packed.shape)} "
+            f"with {groups} groups. The file is damaged."
+        )
+    return bits, out_features, in_features, groups, f"{path}.weight_zero_point" not in headers
+
+
+def _entry(weight: tuple[int, int, int, int, bool], names: list[str], architecture: str | None) -> dict[str, Any]:
+    bits, out_features, in_features, groups, symmetric = weight
+    where, why = _layout(bits, in_features, groups, architecture)
+    return {
+        "layers": sorted(set(names)),
+        "count": len(names),
+        "bits": bits,
+        "out_features": out_features,
+        "in_features": in_features,
+        "group_size": in_features // groups,
+        "symmetric": symmetric,
+        "layout": where,
+        "why": why,
+        "kernels": {rows: _kernel(where, rows, bits, out_features, in_features, groups, architecture) for rows in ROWS},
+    }
+
+
+def _layout(bits: int, in_features: int, groups: int, architecture: str | None) -> tuple[str, str]:
+    if architecture is None:
+        return registry.reason(_first_device(), bits, in_features, groups)
+    refusal = registry.reason_for_shape(bits, in_features, groups)
+    return (registry.STREAM, refusal) if refusal else (registry.TILED, "fused")
+
+
+def _kernel(where: str, rows: int, bits: int, n: int, k: int, groups: int, architecture: str | None) -> str:
+    """What computes so many rows, in a few words."""
+    if where == registry.STREAM:
+        name = wq_kernels.select("cuda" if architecture else _first_device().type, bits).__name__.rpartition(".")[2]
+        return {"reference": "dequantize in torch, then matmul", "dequantize": "dequantize in Triton, then matmul"}[
+            name
+        ]
+    if rows > configs.FUSED_ROWS:
+        return "dequantize in pieces, then matmul"
+    blocks = -(-k // layout.block_columns(bits))
+    device = _device(architecture)
+    config = configs.choose(device, configs.bucket(rows), bits, max(1, groups // blocks), _version("triton") or "")
+    parts = configs.split(device, config, n, rows, blocks)
+    tile = f"fused, tile {config.rows_n}×{config.rows_m}, {config.warps} warps, {config.stages} stages"
+    return f"{tile}, columns split in {parts}" if parts > 1 else tile
+
+
+def _device(architecture: str | None) -> configs.Device:
+    if architecture is not None:
+        return configs.Device(architecture, architecture, _PROCESSORS[architecture])
+    from wq_kernels import target
+
+    return target.describe(_first_device())
+
+
+def _first_device() -> torch.device:
+    return torch.device(default_device())
+
+
+def _devices() -> list[dict[str, Any]]:
+    """The CPU, and every accelerator with its memory."""
+    found: list[dict[str, Any]] = [{"device": "cpu", "threads": torch.get_num_threads()}]
+    if torch.accelerator.is_available():
+        module = torch.get_device_module()
+        for index in range(torch.accelerator.device_count()):
+            properties = module.get_device_properties(index)
+            found.append(
+                {
+                    "device": f"{torch.accelerator.current_accelerator()}:{index}",
+                    "name": properties.name,
+                    "memory_bytes": properties.total_memory,
+                }
+            )
+    return found
+
+
+def _importable(name: str) -> bool:
+    try:
+        wq_kernels.get(name)
+    except ImportError:
+        return False
+    return True
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None

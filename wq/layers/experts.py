@@ -1,0 +1,127 @@
+"""Experts on packed weights: one projection of all experts as a module, and the product that runs them in one launch.
+
+transformers keeps the experts of a layer as 3-D parameters and lets others register how they are multiplied.
+`ExpertWeight` takes the place of such a parameter. Indexing it dequantizes the experts asked for, so that
+transformers' own implementations run on it unchanged; `forward` is the one registered as `wq`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from wq.layers import ops
+from wq.scheme import Scheme
+from wq_kernels import layout as tiles
+
+IMPLEMENTATION = "wq"  # its name in transformers' registry
+
+
+class ExpertWeight(nn.Module):
+    """Weights `[experts, out, in]`, packed on one scheme, in the tiled layout.
+
+    weight_packed: int32 `[experts, blocks, out, 16]`. weight_scale: float `[experts, groups, out]`. weight_zero_point:
+    uint8 `[experts, groups or 1, out]`. `out` and `in` are padded; see `wq_kernels.layout`.
+    transposed: whether the parameter that this replaces was `[experts, in, out]`, which is what indexing gives then.
+    """
+
+    def __init__(self, experts: int, out_features: int, in_features: int, scheme: Scheme, transposed: bool = False):
+        super().__init__()
+        self.experts, self.out_features, self.in_features = experts, out_features, in_features
+        self.scheme, self.transposed = scheme, transposed
+        self.weight_packed: nn.Parameter
+        self.weight_scale: nn.Parameter
+        self.weight_zero_point: nn.Parameter
+
+    @classmethod
+    def from_stream(
+        cls,
+        packed: Tensor,
+        scale: Tensor,
+        zero: Tensor | None,
+        in_features: int,
+        scheme: Scheme,
+        transposed: bool = False,
+    ) -> ExpertWeight:
+        """From tensors in the layout of checkpoints, with a dimension of experts before the others."""
+        weight = cls(packed.shape[0], packed.shape[1], in_features, scheme, transposed)
+        parts = [
+            tiles.from_stream(p, s, None if zero is None else zero[e], scheme.bits, in_features)
+            for e, (p, s) in enumerate(zip(packed, scale, strict=True))
+        ]
+        names = ("weight_packed", "weight_scale", "weight_zero_point")
+        for name, tensors in zip(names, zip(*parts, strict=True), strict=True):
+            weight.register_parameter(name, nn.Parameter(torch.stack(tensors), requires_grad=False))
+        return weight
+
+    def stream(self, expert: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        """packed, scale and zero point of one expert as a checkpoint has them."""
+        tensors = self.weight_packed[expert], self.weight_scale[expert], self.weight_zero_point[expert]
+        sizes = (self.scheme.bits, self.out_features, self.in_features)
+        return tiles.to_stream(*tensors, *sizes, self.scheme.symmetric)
+
+    @property
+    def shape(self) -> torch.Size:
+        sizes = (self.in_features, self.out_features) if self.transposed else (self.out_features, self.in_features)
+        return torch.Size((self.experts, *sizes))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.weight_scale.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.weight_packed.device
+
+    def __getitem__(self, index: Any) -> Tensor:
+        """The dense weight of the expert, or experts, at `index`."""
+        wanted = torch.arange(self.experts, device=self.device)[index]
+        sizes = (self.scheme.bits, self.out_features, self.in_features, self.dtype)
+        dense = [
+            tiles.dequantize(self.weight_packed[e], self.weight_scale[e], self.weight_zero_point[e], *sizes)
+            for e in wanted.reshape(-1).tolist()
+        ]
+        stacked = torch.stack(dense).reshape(*wanted.shape, self.out_features, self.in_features)
+        return stacked.transpose(-1, -2) if self.transposed else stacked
+
+    def linear(self, x: Tensor, expert_of_row: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Row r: input `r // (rows / inputs)` times the weight of its expert, `[rows, out]`."""
+        return ops.expert_linear(
+            x,
+            expert_of_row,
+            self.weight_packed,
+            self.weight_scale,
+            self.weight_zero_point,
+            bias,
+            self.scheme.bits,
+            self.out_features,
+            self.in_features,
+        )
+
+    def extra_repr(self) -> str:
+        grid = "symmetric" if self.scheme.symmetric else "asymmetric"
+        return (
+            f"experts={self.experts}, in_features={self.in_features}, out_features={self.out_features}, "
+            f"bits={self.scheme.bits}, group_size={self.scheme.group_size}, {grid}"
+        )
+
+
+def forward(experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """The experts of a layer, for hidden states `[tokens, hidden]` routed to `top_k_index` `[tokens, k]`.
+
+    `experts` has the attributes that transformers' `use_experts_implementation` gives. An index that is no expert
+    (another process has it) contributes nothing. Sums over experts are in float32.
+    """
+    expert_of_row = top_k_index.reshape(-1)
+    first = experts.gate_up_proj if experts.has_gate else experts.up_proj
+    bias = (experts.gate_up_proj_bias if experts.has_gate else experts.up_proj_bias) if experts.has_bias else None
+    inner = first.linear(hidden_states, expert_of_row, bias)
+    inner = experts._apply_gate(inner) if experts.has_gate else experts.act_fn(inner)
+    y = experts.down_proj.linear(inner, expert_of_row, experts.down_proj_bias if experts.has_bias else None)
+    if getattr(experts, "has_post_expert_norm", False):
+        y = experts.post_expert_norm(y)
+    weighted = y.float() * top_k_weights.reshape(-1, 1).float()
+    weighted = weighted.masked_fill((expert_of_row < 0).logical_or(expert_of_row >= first.experts).unsqueeze(1), 0.0)
+    return weighted.view(*top_k_index.shape, -1).sum(1).to(hidden_states.dtype)
