@@ -107,9 +107,7 @@ def _kernel(where: str, rows: int, bits: int, n: int, k: int, groups: int, archi
     """What computes so many rows, in a few words."""
     if where == registry.STREAM:
         name = wq_kernels.select("cuda" if architecture else _first_device().type, bits).__name__.rpartition(".")[2]
-        return {"reference": "dequantize in torch, then matmul", "dequantize": "dequantize in Triton, then matmul"}[
-            name
-        ]
+        return {"reference": "dequantize in torch, then matmul", "dense": "dequantize in Triton, then matmul"}[name]
     if rows > configs.FUSED_ROWS:
         return "dequantize in pieces, then matmul"
     blocks = -(-k // layout.block_columns(bits))

@@ -196,8 +196,7 @@ class WqQuantizer(HfQuantizer):
                 if not parameter.is_meta and not getattr(parameter, "_is_hf_initialized", False):
                     raise CheckpointError(f"{path}.{name} was not in the checkpoint. Download it again.")
             layer.requires_grad_(False)  # the loader turns gradients on for every floating tensor
-            if not hasattr(layer, "_hf_hook"):  # what accelerate moves in and out keeps the checkpoint's layout
-                layer.prepare()
+            layer.prepare()  # what accelerate moves in and out is on no device now, and keeps the checkpoint's layout
         return model
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -208,7 +207,8 @@ class WqQuantizer(HfQuantizer):
                 state[f"{name}.weight_shape"] = torch.tensor([module.out_features, module.in_features])
         return state, {"format": "pt"}
 
-    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype  # saving turns config.dtype into a string
         for name, layer in list(model.named_modules()):
             if isinstance(layer, WqLinear):
                 with torch.device("meta"):
