@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_fused import any_bits, bounds_checked, guarded, poisoned, run_script
+from test_fused import any_bits, attempt, bounds_checked, guarded, poisoned, run_script
 from torch import Tensor
 
 # out, in, groups. The tile is 16 x 256: below it, across its border, exactly on it.
@@ -68,10 +68,14 @@ Dtypes = tuple[str, str]  # of the scales, of the weight
 def interpret() -> dict[str, str]:
     """Run every interpreted case; what was wrong with each, or an empty text."""
     with bounds_checked():
-        return {str(case): _stream(*case) for case in STREAM} | {str(case): _tiled(*case) for case in TILED}
+        return {
+            str(case): attempt(run, *case)["problem"]
+            for run, cases in ((_stream, STREAM), (_tiled, TILED))
+            for case in cases
+        }
 
 
-def _stream(bits: int, symmetric: bool, shape: tuple[int, int, int], dtypes: Dtypes) -> str:
+def _stream(bits: int, symmetric: bool, shape: tuple[int, int, int], dtypes: Dtypes) -> dict[str, Any]:
     from wq_kernels import reference
     from wq_kernels.dense import dequantize
 
@@ -85,7 +89,7 @@ def _stream(bits: int, symmetric: bool, shape: tuple[int, int, int], dtypes: Dty
     return _compare(expected, lambda: dequantize(rows, scale, zero, bits, n, k, expected.dtype))
 
 
-def _tiled(bits: int, symmetric: bool, shape: tuple[int, int, int, int, int], dtypes: Dtypes) -> str:
+def _tiled(bits: int, symmetric: bool, shape: tuple[int, int, int, int, int], dtypes: Dtypes) -> dict[str, Any]:
     from wq_kernels import layout
     from wq_kernels.dense import dequantize_tiles
 
@@ -99,7 +103,7 @@ def _tiled(bits: int, symmetric: bool, shape: tuple[int, int, int, int, int], dt
     return _compare(expected, lambda: dequantize_tiles(words, scale, zero, bits, (start, stop), k, expected.dtype))
 
 
-def _compare(expected: Tensor, run: Callable[[], Tensor]) -> str:
+def _compare(expected: Tensor, run: Callable[[], Tensor]) -> dict[str, Any]:
     with poisoned() as problems:
         actual = run()
     if actual.shape != expected.shape or actual.dtype != expected.dtype:
@@ -111,7 +115,7 @@ def _compare(expected: Tensor, run: Callable[[], Tensor]) -> str:
         problems += [f"{far} units in the last place off"] if far > 1 else []
     elif not torch.equal(actual, expected):
         problems.append(f"off by {(actual - expected).abs().max()}")
-    return "; ".join(problems)
+    return {"problem": "; ".join(problems)}
 
 
 def compile_ahead() -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""The grouped kernel without a GPU: interpreted, every row is multiplied by the weight of its own expert, in any routing.
+"""The grouped kernel without a GPU: interpreted, every row meets the weight of its own expert, in any routing.
 
 Triton decides when it is imported whether it interprets, so this file runs itself as a script in a process of its own,
 all cases in one go, and the tests look at what it printed.
@@ -85,7 +85,7 @@ def route(routing: str, rows: int, experts: int) -> Tensor:
 
 
 def run_case(case: Case) -> dict[str, Any]:
-    """Call, and call again with the thread blocks in the opposite order. What was wrong, and how many tiles there were."""
+    """Call, and call again with the thread blocks in the opposite order. What was wrong, and how many tiles it took."""
     import wq_kernels
     from wq_kernels import configs, experts
 
@@ -136,7 +136,7 @@ def compare(case: Case, y: Tensor, exact: Tensor, nobodys: Tensor) -> list[str]:
         return ["used what is not its own"]
     if y[nobodys].any():
         return ["computed rows that belong to nobody"]
-    # The interpreter truncates to bfloat16: up to 2**-7 for one value. The weights that "generic" scales are rounded too.
+    # The interpreter truncates to bfloat16: up to 2**-7 for one value. Weights that "generic" scales are rounded too.
     tolerance = {"bfloat16": 2**-7, "float16": 1e-3 if case.target == "generic" and case.scale_weights else 6e-4}
     size = max(exact.norm(), exact.numel() ** 0.5)  # where a few values happen to be small, they are no yardstick
     error = float((y.double() - exact).norm() / size)

@@ -336,6 +336,26 @@ def run_dense(dtype: str, m: int, bits: int, bias: bool) -> dict[str, Any]:
     return {"problem": "; ".join(problems)}
 
 
+STRIDED = ["x", "packed", "scale", "zero", "bias"]
+
+
+def run_strided(name: str) -> dict[str, Any]:
+    """A tensor that is not contiguous: refused, or read as what it is."""
+    import wq_kernels
+
+    n, k = 33, 256
+    weight, dense = tiled_weight(4, False, n, k, 32, torch.float16)
+    call = {"x": torch.randn(3, k).half(), **dict(zip(STRIDED[1:4], weight, strict=True))}
+    call |= {"permutation": None, "bias": torch.randn(n).half()}
+    expected = (call["x"], dense, call["bias"])
+    call[name] = torch.stack([call[name], call[name]], -1)[..., 0]
+    try:
+        error = relative_error(wq_kernels.linear(*call.values(), 4, n, k, "tiled"), *expected)
+    except ValueError as refusal:
+        return {"problem": "" if name in str(refusal) else str(refusal)}
+    return {"problem": "" if error < 6e-4 else f"is wrong by {error:.1e}"}
+
+
 def run_self_tests() -> dict[str, str]:
     """What the self-test says of kernels that work, cannot be launched, and compute something else."""
     from wq_kernels import fused
@@ -374,6 +394,7 @@ def run_all() -> dict[str, Any]:
         return {
             "cases": {str(case): attempt(run_case, case) for case in cases()},
             "dense": {str(case): attempt(run_dense, *case) for case in DENSE},
+            "strided": {name: attempt(run_strided, name) for name in STRIDED},
             "self-test": run_self_tests(),
         }
 
@@ -431,6 +452,22 @@ def test_many_rows_and_float32_are_multiplied_in_pieces_of_the_dense_weight(
     interpreted: dict[str, Any], case: tuple[str, int, int, bool]
 ) -> None:
     assert interpreted["dense"][str(case)]["problem"] == ""
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "x",
+        *(
+            pytest.param(name, marks=pytest.mark.xfail(strict=True, reason="the kernel takes it for contiguous"))
+            for name in STRIDED[1:]
+        ),
+    ],
+)
+def test_a_tensor_that_is_not_contiguous_is_refused_or_read_as_what_it_is(
+    interpreted: dict[str, Any], name: str
+) -> None:
+    assert interpreted["strided"][name]["problem"] == ""
 
 
 def test_the_self_test_tells_why_a_kernel_is_not_usable(interpreted: dict[str, Any]) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 import wq_kernels
+from wq_kernels import checks
 from wq_kernels import layout as tiles
 
 STREAM = "stream"  # the layout of checkpoints
@@ -74,6 +75,7 @@ def _linear_fake(
     in_features: int,
     layout: str,
 ) -> Tensor:
+    checks.same_device("x", x, packed=packed, scale=scale, zero=zero, permutation=permutation, bias=bias)
     torch._check(x.shape[-1] == in_features, lambda: f"x has {x.shape[-1]} features, the weight {in_features}")
     return x.new_empty(*x.shape[:-1], out_features)
 
@@ -84,7 +86,10 @@ def _linear_backward_fake(grad: Tensor, *rest: Any) -> Tensor:
 
 
 @torch.library.register_fake("wq::expert_linear", lib=_LIBRARY)
-def _expert_linear_fake(x: Tensor, expert_of_row: Tensor, *rest: Any) -> Tensor:
+def _expert_linear_fake(
+    x: Tensor, expert_of_row: Tensor, packed: Tensor, scale: Tensor, zero: Tensor, bias: Tensor | None, *rest: Any
+) -> Tensor:
+    checks.same_device("x", x, expert_of_row=expert_of_row, packed=packed, scale=scale, zero=zero, bias=bias)
     return x.new_empty(expert_of_row.shape[0], rest[-2])
 
 

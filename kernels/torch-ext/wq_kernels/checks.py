@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import layout, reference
 
-__all__ = ["experts", "linear", "permutation", "weight"]
+__all__ = ["experts", "linear", "output", "permutation", "same_device", "weight"]
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -27,6 +27,7 @@ def weight(
     experts: int | None = None,
 ) -> None:
     """Refuse a weight whose tensors do not fit its sizes. Raises ValueError or TypeError."""
+    _tensors(packed=packed, scale=scale)
     for name, value in (("bits", bits), ("out_features", out_features), ("in_features", in_features)):
         if type(value) is not int or value < 1:
             raise ValueError(f"{name} is {value!r}; it must be a positive whole number")
@@ -50,7 +51,7 @@ def weight(
         _expect("scale", scale, (*lead, out_features, groups), _FLOATS)
         if zero is not None:
             _expect("zero", zero, (*lead, -(-out_features * bits // 32), groups), (torch.int32,))
-    _same_device("packed", packed, scale=scale, zero=zero)
+    same_device("packed", packed, scale=scale, zero=zero)
 
 
 def _fits(bits: int, in_features: int, groups: int, blocks: int) -> bool:
@@ -75,6 +76,7 @@ def linear(
     tiled: bool,
 ) -> None:
     """Refuse a call of `linear`. Raises ValueError or TypeError."""
+    _tensors(x=x)
     weight(packed, scale, zero, bits, out_features, in_features, tiled)
     if x.ndim < 1 or x.shape[-1] != in_features:
         raise ValueError(f"x is {_of(x)}; its last dimension must be in_features, {in_features}")
@@ -86,7 +88,7 @@ def linear(
         _expect("permutation", order, (in_features,), (torch.int32, torch.int64))
         if order.device.type == "cpu":
             permutation(order, in_features)
-    _same_device("x", x, packed=packed, bias=bias, permutation=order)
+    same_device("x", x, packed=packed, bias=bias, permutation=order)
 
 
 def experts(
@@ -101,6 +103,7 @@ def experts(
     in_features: int,
 ) -> None:
     """Refuse a call of the linear layers of experts. Raises ValueError or TypeError."""
+    _tensors(x=x, packed=packed, expert_of_row=expert_of_row)
     if packed.ndim != 4 or packed.shape[0] < 1:
         raise ValueError(f"packed is {_of(packed)}; it must be [experts, blocks, rows, {layout.WORDS}]")
     count = packed.shape[0]
@@ -113,7 +116,7 @@ def experts(
     _expect("expert_of_row", expert_of_row, (rows,), (torch.int32, torch.int64))
     if bias is not None:
         _expect("bias", bias, (count, out_features), _FLOATS)
-    _same_device("x", x, packed=packed, bias=bias, expert_of_row=expert_of_row)
+    same_device("x", x, packed=packed, bias=bias, expert_of_row=expert_of_row)
 
 
 def permutation(order: Tensor, in_features: int) -> None:
@@ -127,6 +130,18 @@ def permutation(order: Tensor, in_features: int) -> None:
         raise ValueError(f"permutation leaves out column {(~seen).nonzero()[0].item()} and repeats another")
 
 
+def output(dtype: torch.dtype) -> None:
+    """Refuse a dtype that no weight has. Raises TypeError."""
+    if dtype not in _FLOATS:
+        raise TypeError(f"dtype is {dtype}; it must be float16, bfloat16, float32 or float64")
+
+
+def _tensors(**values: object) -> None:
+    for name, value in values.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} is {'absent' if value is None else type(value).__name__}; it must be a tensor")
+
+
 def _expect(name: str, tensor: Tensor | None, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> None:
     if tensor is None or tuple(tensor.shape) != shape:
         raise ValueError(f"{name} is {_of(tensor)}; it must be {list(shape)}")
@@ -134,7 +149,8 @@ def _expect(name: str, tensor: Tensor | None, shape: tuple[int, ...], dtypes: tu
         raise TypeError(f"{name} is {tensor.dtype}; it must be {' or '.join(str(dtype) for dtype in dtypes)}")
 
 
-def _same_device(name: str, tensor: Tensor, **others: Tensor | None) -> None:
+def same_device(name: str, tensor: Tensor, **others: Tensor | None) -> None:
+    """Refuse tensors that are on several devices. Raises ValueError."""
     for other, value in others.items():
         if value is not None and value.device != tensor.device:
             raise ValueError(

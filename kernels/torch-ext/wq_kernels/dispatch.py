@@ -48,6 +48,7 @@ def dequantize(
 ) -> Tensor:
     """The weight, `[out, in]` in `dtype`, its columns in the order in which they are stored."""
     checks.weight(packed, scale, zero, bits, out_features, in_features, layout == TILED)
+    checks.output(dtype)
     backend = select(packed.device.type, bits, layout)
     weight: Tensor = backend.dequantize(packed, scale, zero, bits, out_features, in_features, dtype)
     return weight
