@@ -13,7 +13,9 @@ from synthetic import solution
 from wq.errors import FormatError
 from wq.formats import compressed_tensors
 from wq.formats import gptq as form
-from wq.scheme import BITS, Scheme
+from wq.scheme import Scheme
+
+BITS = (2, 3, 4, 8)  # GPTQ's
 from wq.solvers import Solution
 
 GOLDEN = Path(__file__).parents[1] / "golden"

@@ -53,7 +53,7 @@ def _unpack_within_bytes(stream: Tensor, bits: int) -> Tensor:
 def pack(values: Tensor, bits: int) -> Tensor:
     """The inverse of `unpack` for 2, 4 and 8 bits: uint8 `[..., count]` to int32 words."""
     padded = functional.pad(values, (0, -values.shape[-1] % (32 // bits))).unflatten(-1, (-1, 8 // bits))
-    stream = padded[..., 0].clone()
+    stream = padded[..., 0].clone(memory_format=torch.contiguous_format)
     for i in range(1, 8 // bits):
         stream |= padded[..., i] << (bits * i)
     return stream.view(torch.int32)
