@@ -117,8 +117,10 @@ class Dequantize(_Operation):
         self, input_dict: dict[str, Any], full_layer_name: str, model: PreTrainedModel, **kwargs: Any
     ) -> dict[str, Any]:
         fused = self.hf_quantizer.experts.get(full_layer_name)
-        if fused is not None:
+        if fused is not None and fused.pieces:
             return self._experts(input_dict, fused.stored)
+        if fused is not None:
+            return {full_layer_name: self._direct(input_dict, fused.stored, experts.transposed(model, full_layer_name))}
         tensors = single(input_dict)
         known = self.hf_quantizer.stored.get(full_layer_name.removesuffix(".weight"))
         if known is None and set(tensors) != {"weight"}:  # on their way to a merge, experts say; they are dense
@@ -127,6 +129,16 @@ class Dequantize(_Operation):
         if known is None:
             return {full_layer_name: tensors["weight"].to(dtype)}
         return {full_layer_name: dense(read(tensors, known), known, dtype)}
+
+    def _direct(self, input_dict: dict[str, Any], stored: Stored, transposed: bool) -> Tensor:
+        """3-D packed tensors to a 3-D parameter."""
+        names = {name: name.rpartition("_proj_")[2] for name in input_dict}
+        stacks = {f"weight_{names[name]}": v[0] if isinstance(v, list) else v for name, v in input_dict.items()}
+        dtype = getattr(torch, stored.scheme.scale_dtype)
+        count = len(next(iter(stacks.values())))
+        each = [dense(read({leaf: t[e] for leaf, t in stacks.items()}, stored), stored, dtype) for e in range(count)]
+        weight = torch.stack(each)
+        return weight.transpose(1, 2).contiguous() if transposed else weight
 
     def _experts(self, input_dict: dict[str, Any], stored: Stored) -> dict[str, list[Tensor]]:
         """Lists of packed tensors, one for each pattern and expert, to lists of dense weights."""

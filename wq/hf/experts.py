@@ -250,6 +250,16 @@ def converters(
     return made
 
 
+def dequantizers(quantizer: WqQuantizer, fused: Mapping[str, Fused]) -> list[WeightConverter]:
+    """Converters to dense parameters for 3-D packed tensors."""
+    from wq.hf.conversion import Dequantize
+
+    names = sorted({target.rpartition(".")[2] for target, entry in fused.items() if not entry.pieces})
+    return [
+        WeightConverter([name + suffix for suffix in _SUFFIX.values()], name, [Dequantize(quantizer)]) for name in names
+    ]
+
+
 def converters_for_saving(conversions: Iterable[Any], quantized: Iterable[str]) -> list[WeightConverter]:
     """What transformers reverses to save experts that were packed on load under the names of the checkpoint."""
     if not list(quantized):

@@ -132,7 +132,8 @@ class WqQuantizer(HfQuantizer):
         if not self.pre_quantized:
             return list(weight_conversions)
         if self.quantization_config.dequantize:
-            return list(super().update_weight_conversions(weight_conversions, model))
+            direct = experts.dequantizers(self, self.experts)
+            return [*direct, *super().update_weight_conversions(weight_conversions, model)]
         merging = experts.converters(self, weight_conversions, self.experts)
         return [*weight_conversions, *merging, *self.get_weight_conversions()]
 
@@ -186,7 +187,8 @@ class WqQuantizer(HfQuantizer):
         experts.save(model, state, self.experts)
         return state, {"format": "pt"}
 
-    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         for name, layer in list(model.named_modules()):
             if isinstance(layer, WqLinear):
                 with torch.device("meta"):
