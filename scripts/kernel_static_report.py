@@ -30,7 +30,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from wq_kernels import configs, dequantize, experts, fused
+from wq_kernels import configs, dense, experts, fused
 
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_120", "gfx942")
 SHARED_MEMORY = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_120": 99, "gfx942": 64}  # KiB a block
@@ -212,15 +212,15 @@ def dequantize_faults(architecture: str) -> list[str]:
     """The kernels that write a dense weight: they must not spill either."""
     found = []
     for bits in (2, 3, 4, 8):
-        for function in (dequantize._dequantize_kernel, dequantize._dequantize_tiles_kernel):
-            tiles = function is dequantize._dequantize_tiles_kernel
+        for function in (dense._dequantize_kernel, dense._dequantize_tiles_kernel):
+            tiles = function is dense._dequantize_tiles_kernel
             if tiles and bits == 3:
                 continue
             types = {"packed_ptr": "*i32", "words_ptr": "*i32", "zero_ptr": "*u8" if tiles else "*i32"}
             types |= {"scale_ptr": "*fp16", "out_ptr": "*fp16"}
-            constants = {"BITS": bits, "ROWS": dequantize._ROWS}
+            constants = {"BITS": bits, "ROWS": dense._ROWS}
             if not tiles:
-                constants |= {"SYMMETRIC": False, "COLUMNS": dequantize._COLUMNS}
+                constants |= {"SYMMETRIC": False, "COLUMNS": dense._COLUMNS}
             compiled = build(function, types, constants, architecture, {})
             if architecture.startswith("sm_"):
                 usage, _ = disassemble(compiled.asm["cubin"])
@@ -229,12 +229,12 @@ def dequantize_faults(architecture: str) -> list[str]:
     return found
 
 
-def report(rows: list[Row], dense: list[str], as_json: bool) -> None:
+def report(rows: list[Row], spilling: list[str], as_json: bool) -> None:
     """A line for each binary, or JSON."""
     if as_json:
         print(
             json.dumps(
-                {"triton": triton.__version__, "rows": [asdict(row) for row in rows], "dequantize": dense}, indent=1
+                {"triton": triton.__version__, "rows": [asdict(row) for row in rows], "dequantize": spilling}, indent=1
             )
         )
         return
@@ -248,7 +248,7 @@ def report(rows: list[Row], dense: list[str], as_json: bool) -> None:
             f"{which}  {tile:12}"
             f"{row.registers:5}{row.stack:6}{row.shared:8}{row.per_weight:8.2f}  {row.matrix}  {'; '.join(row.faults)}"
         )
-    for fault in dense:
+    for fault in spilling:
         print(fault)
 
 
@@ -259,12 +259,12 @@ def main() -> int:
     arguments = parser.parse_args()
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         rows = list(pool.map(compile_case, cases(tuple(arguments.arch))))
-        dense = [fault for faults in pool.map(dequantize_faults, arguments.arch) for fault in faults]
-    report(rows, dense, arguments.json)
+        spilling = [fault for faults in pool.map(dequantize_faults, arguments.arch) for fault in faults]
+    report(rows, spilling, arguments.json)
     broken = [row for row in rows if row.faults]
-    if broken or dense:
-        print(f"{len(broken) + len(dense)} of {len(rows)} binaries break a bound", file=sys.stderr)
-    return 1 if broken or dense else 0
+    if broken or spilling:
+        print(f"{len(broken) + len(spilling)} of {len(rows)} binaries break a bound", file=sys.stderr)
+    return 1 if broken or spilling else 0
 
 
 if __name__ == "__main__":

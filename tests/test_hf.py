@@ -213,8 +213,12 @@ def test_a_dense_repo_that_lacks_a_weight_is_an_error(tiny_model: TinyModel, tmp
 
 
 def test_other_formats_are_refused_by_name(tiny_model: TinyModel, tmp_path: Path) -> None:
-    quantize(tiny_model(), tmp_path / "out", method="rtn", group_size=32, format="awq", dtype="float16")
-    with pytest.raises(FormatError, match="quantized as awq"):
+    quantize(tiny_model(), tmp_path / "out", method="rtn", group_size=32)
+    file = tmp_path / "out" / "config.json"
+    config = json.loads(file.read_text())
+    config["quantization_config"]["format"] = "nvfp4-pack-quantized"
+    file.write_text(json.dumps(config))
+    with pytest.raises(FormatError, match="quantized as compressed-tensors nvfp4-pack-quantized"):
         from_pretrained(tmp_path / "out", quantization_config=WqConfig())
 
 

@@ -16,6 +16,7 @@ import torch
 import wq_kernels
 from wq.checkpoint import Entry, read_headers, read_tensor
 from wq.errors import CheckpointError, ModelError
+from wq.formats import bits as bit_stream
 from wq.machine import default_device
 from wq_kernels import configs, layout, registry
 
@@ -68,10 +69,15 @@ def _weight(path: str, packed: Entry, headers: dict[str, Entry]) -> tuple[int, i
     scale, shape = headers.get(f"{path}.weight_scale"), headers.get(f"{path}.weight_shape")
     if scale is None or shape is None or len(scale.shape) != 2 or len(packed.shape) != 2:
         raise CheckpointError(f"{path}: weight_scale [out, groups] or weight_shape is missing. Download it again.")
-    out_features, in_features = read_tensor(shape).flatten().tolist()
+    if shape.shape != (2,) or shape.dtype.is_floating_point:
+        raise CheckpointError(
+            f"{path}: weight_shape is {shape.dtype} {list(shape.shape)}, not two sizes. Download it again."
+        )
+    out_features, in_features = read_tensor(shape).tolist()
     groups = scale.shape[1]
     bits = packed.shape[1] * 32 // in_features if in_features > 0 else 0
-    if out_features != packed.shape[0] or not 1 <= bits <= 8 or groups < 1 or in_features % groups:
+    whole = 1 <= bits <= 8 and packed.shape == (out_features, bit_stream.words(in_features, bits))
+    if not whole or scale.shape[0] != out_features or groups < 1 or in_features % groups:
         raise CheckpointError(
             f"{path}: weight_shape [{out_features}, {in_features}] does not fit weight_packed {list(packed.shape)} "
             f"with {groups} groups. The file is damaged."
@@ -107,14 +113,12 @@ def _kernel(where: str, rows: int, bits: int, n: int, k: int, groups: int, archi
     """What computes so many rows, in a few words."""
     if where == registry.STREAM:
         name = wq_kernels.select("cuda" if architecture else _first_device().type, bits).__name__.rpartition(".")[2]
-        return {"reference": "dequantize in torch, then matmul", "dequantize": "dequantize in Triton, then matmul"}[
-            name
-        ]
+        return {"reference": "dequantize in torch, then matmul", "dense": "dequantize in Triton, then matmul"}[name]
     if rows > configs.FUSED_ROWS:
         return "dequantize in pieces, then matmul"
     blocks = -(-k // layout.block_columns(bits))
     device = _device(architecture)
-    config = configs.choose(device, configs.bucket(rows), bits, max(1, groups // blocks), _version("triton") or "")
+    config = configs.choose(device, configs.bucket(rows), bits, max(1, groups // blocks), _triton())
     parts = configs.split(device, config, n, rows, blocks)
     tile = f"fused, tile {config.rows_n}×{config.rows_m}, {config.warps} warps, {config.stages} stages"
     return f"{tile}, columns split in {parts}" if parts > 1 else tile
@@ -138,14 +142,11 @@ def _devices() -> list[dict[str, Any]]:
     if torch.accelerator.is_available():
         module = torch.get_device_module()
         for index in range(torch.accelerator.device_count()):
-            properties = module.get_device_properties(index)
-            found.append(
-                {
-                    "device": f"{torch.accelerator.current_accelerator()}:{index}",
-                    "name": properties.name,
-                    "memory_bytes": properties.total_memory,
-                }
-            )
+            device = {"device": f"{torch.accelerator.current_accelerator()}:{index}"}
+            if hasattr(module, "get_device_properties"):  # Apple's has none
+                properties = module.get_device_properties(index)
+                device |= {"name": properties.name, "memory_bytes": properties.total_memory}
+            found.append(device)
     return found
 
 
@@ -155,6 +156,15 @@ def _importable(name: str) -> bool:
     except ImportError:
         return False
     return True
+
+
+def _triton() -> str:
+    """The version that the kernels ask tiles for; that of its wheel may say more, or be of another name."""
+    try:
+        import triton
+    except ImportError:
+        return ""
+    return str(triton.__version__)
 
 
 def _version(package: str) -> str | None:

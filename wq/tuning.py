@@ -22,7 +22,7 @@ def tune(
     overwrite: bool = False,
     on_bucket: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
-    """Measure on the first GPU and write `output`, adding to what it says of other devices; return its content.
+    """Measure on the first GPU and write `output`, adding to what it says of other devices; return what was measured.
 
     Raises ModelError without a device that runs the fused kernels, OutputError when the file exists.
     """
@@ -32,14 +32,16 @@ def tune(
     if why != "fused":
         raise ModelError(f"there is nothing to tune on {device}: {why}. Run `wq tune` on the GPU that will serve.")
     others = _others(path, overwrite)
+    folder = path.resolve().parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise OutputError(f"{path} cannot be written: {folder} is no folder that can be. Choose another --output.")
     from wq_kernels import tune as kernels
 
     made = kernels.tune(torch.device(device.type, torch.accelerator.current_device_index()), on_bucket=on_bucket)
     mine = {(tile["device"], tile["triton"]) for tile in made["tiles"]}
     kept = [tile for tile in others if (tile.get("device"), tile.get("triton")) not in mine]
-    content = {"tiles": kept + made["tiles"]}
-    write_text(path, json.dumps(content, indent=1) + "\n")
-    return content
+    write_text(path, json.dumps({"tiles": kept + made["tiles"]}, indent=1) + "\n")
+    return made
 
 
 def _others(path: Path, overwrite: bool) -> list[dict[str, Any]]:
@@ -49,6 +51,9 @@ def _others(path: Path, overwrite: bool) -> list[dict[str, Any]]:
     if not overwrite:
         raise OutputError(f"{path} exists. Choose another --output, or add --overwrite to renew its entries.")
     try:
-        return list(json.loads(path.read_text(encoding="utf-8"))["tiles"])
+        tiles = json.loads(path.read_text(encoding="utf-8"))["tiles"]
+        if not isinstance(tiles, list) or not all(isinstance(tile, dict) for tile in tiles):
+            raise TypeError("tiles is no list of objects")
+        return tiles
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise OutputError(f"{path} is no file of tiles ({error}). Choose another --output.") from error

@@ -14,9 +14,9 @@ from wq.errors import FormatError
 from wq.formats import compressed_tensors
 from wq.formats import gptq as form
 from wq.scheme import Scheme
+from wq.solvers import Solution
 
 BITS = (2, 3, 4, 8)  # GPTQ's
-from wq.solvers import Solution
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 versions = pytest.mark.parametrize(("symmetric", "version"), [(True, "v1_sym"), (False, "v2_asym")])

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-import wq.layers.ops
 import wq_kernels
-from wq_kernels import reference
+from wq.layers import ops
+from wq_kernels import Backend, layout, reference, registry
 
 PACKAGE = Path(wq_kernels.__file__).parent
 WORD = 0xFFFFFFFF
@@ -93,7 +93,7 @@ def test_dequantize_equals_arithmetic_value_by_value(
 ) -> None:
     weight = random_weight(bits, symmetric, out_features, in_features, groups)
     expected = dense_weight(*weight, bits, in_features)
-    actual = reference.dequantize(*weight, bits, in_features, torch.float64)
+    actual = reference.dequantize(*weight, bits, out_features, in_features, torch.float64)
     assert torch.equal(actual, expected)
 
 
@@ -103,7 +103,7 @@ def test_dequantize_rounds_once(scale: torch.dtype, dtype: torch.dtype) -> None:
     weight = random_weight(8, False, 9, 64, 2, scale)
     exact = dense_weight(*weight, 8, 64)
     # A product of an 8-bit difference and a 16-bit scale is exact in float32; that of a float32 scale is rounded to it.
-    assert torch.equal(reference.dequantize(*weight, 8, 64, dtype), exact.float().to(dtype))
+    assert torch.equal(reference.dequantize(*weight, 8, 9, 64, dtype), exact.float().to(dtype))
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 8])
@@ -112,22 +112,22 @@ def test_linear_is_the_product_with_that_weight(bits: int, shape: tuple[int, ...
     weight = random_weight(bits, False, 7, 33, 1)
     x, bias = torch.randn(shape), torch.randn(7)
     dense = dense_weight(*weight, bits, 33)
-    actual = reference.linear(x, *weight, bias, bits, 33)
+    actual = reference.linear(x, *weight, bias, bits, 7, 33)
     assert actual.dtype == x.dtype
     torch.testing.assert_close(actual, functional.linear(x.double(), dense, bias.double()).float())
-    without = reference.linear(x, *weight, None, bits, 33)
+    without = reference.linear(x, *weight, None, bits, 7, 33)
     torch.testing.assert_close(without, functional.linear(x.double(), dense).float())
 
 
-Registry = Callable[..., None]
+Register = Callable[..., None]
 
 
 @pytest.fixture
-def registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[Registry]:
-    """`registry(name=(module, devices), ...)` puts entries before the real ones; undone after the test."""
+def register(monkeypatch: pytest.MonkeyPatch) -> Iterator[Register]:
+    """`register(name=Backend(...), ...)` puts entries before the real ones; undone after the test."""
 
-    def prepend(**entries: tuple[str, tuple[str, ...]]) -> None:
-        monkeypatch.setattr(wq_kernels, "BACKENDS", {**entries, **wq_kernels.BACKENDS})
+    def prepend(**entries: Backend) -> None:
+        monkeypatch.setattr(registry, "BACKENDS", {**entries, **registry.BACKENDS})
         wq_kernels.select.cache_clear()
 
     wq_kernels.select.cache_clear()
@@ -140,60 +140,115 @@ def dummy(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """A backend that takes 4 bits and answers with sevens."""
     module = ModuleType("dummy_backend")
     module.supports = lambda bits: bits == 4
-    module.dequantize = lambda packed, scale, zero, bits, in_features, dtype: torch.full(
-        (scale.shape[0], in_features), 7.0, dtype=dtype
+    module.dequantize = lambda packed, scale, zero, bits, out_features, in_features, dtype: torch.full(
+        (out_features, in_features), 7.0, dtype=dtype
     )
-    module.linear = lambda x, packed, scale, zero, bias, bits, in_features: x.new_full(
-        (*x.shape[:-1], scale.shape[0]), 7.0
+    module.linear = lambda x, packed, scale, zero, bias, bits, out_features, in_features: x.new_full(
+        (*x.shape[:-1], out_features), 7.0
     )
     monkeypatch.setitem(sys.modules, "dummy_backend", module)
     return module
 
 
-def test_reference_is_last_and_takes_every_device(registry: Registry) -> None:
-    assert list(wq_kernels.BACKENDS)[-1] == "reference"
+def test_plain_torch_is_last_of_its_layout_and_takes_every_device(register: Register) -> None:
+    for name, plain in (("stream", reference), ("tiled", layout)):
+        assert registry.get([key for key, value in registry.BACKENDS.items() if value.layout == name][-1]) is plain
+        assert wq_kernels.select("cpu", 4, name) is plain
+        assert wq_kernels.select("a device of the future", 2, name) is plain
+
+
+def test_the_layout_of_checkpoints_is_the_one_selected_for_unless_another_is_named(register: Register) -> None:
     assert wq_kernels.select("cpu", 4) is reference
-    assert wq_kernels.select("a device of the future", 3) is reference
+    assert {backend.layout for backend in registry.BACKENDS.values()} == set(wq_kernels.LAYOUTS)
 
 
 @pytest.mark.parametrize("name", ["no_such_module_at_all", "wq_kernels.no_such_backend"])
-def test_a_backend_that_cannot_be_imported_is_passed_over(registry: Registry, name: str) -> None:
-    registry(broken=(name, ("cpu",)))
+def test_a_backend_that_cannot_be_imported_is_passed_over(register: Register, name: str) -> None:
+    register(broken=Backend(name, "stream", ("cpu",)))
     assert wq_kernels.select("cpu", 4) is reference
     with pytest.raises(ImportError):
         wq_kernels.get("broken")
 
 
-def test_a_backend_whose_dependency_is_absent_is_passed_over(
-    registry: Registry, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "triton", None)  # `import triton` now raises ImportError
-    monkeypatch.delitem(sys.modules, "wq_kernels.triton_dequantize", raising=False)
-    assert wq_kernels.select("cuda", 4) is reference
+def test_a_backend_whose_dependency_is_absent_is_passed_over(tmp_path: Path) -> None:
+    code = f"""
+import sys
+sys.path.insert(0, {str(PACKAGE.parent)!r})
+sys.modules["triton"] = None  # `import triton` now raises ImportError
+import torch, wq_kernels
+print(wq_kernels.select("cuda", 4).__name__, wq_kernels.select("cuda", 4, "tiled").__name__)
+print(*wq_kernels.registry.reason(torch.device("cuda", 0), 4, 128, 1))
+"""
+    done = isolated(code, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("wq_kernels.reference wq_kernels.layout\nstream triton is not installed")
 
 
-def test_a_backend_that_does_not_support_the_width_or_device_is_passed_over(
-    registry: Registry, dummy: ModuleType
+def test_a_backend_that_does_not_support_the_width_device_or_layout_is_passed_over(
+    register: Register, dummy: ModuleType
 ) -> None:
-    registry(dummy=("dummy_backend", ("cpu",)))
+    register(dummy=Backend("dummy_backend", "stream", ("cpu",)))
     assert wq_kernels.select("cpu", 4) is dummy
     assert wq_kernels.select("cpu", 3) is reference
     assert wq_kernels.select("mps", 4) is reference
+    assert wq_kernels.select("cpu", 4, "tiled") is layout
 
 
-def test_a_width_that_nobody_supports_is_an_error_that_names_it(registry: Registry) -> None:
-    with pytest.raises(LookupError, match="9 bits on cpu"):
-        wq_kernels.select("cpu", 9)
+@pytest.mark.parametrize(("bits", "name"), [(9, "stream"), (0, "stream"), (3, "tiled"), (4, "no such layout")])
+def test_what_nobody_supports_is_an_error_that_names_it(register: Register, bits: int, name: str) -> None:
+    with pytest.raises(LookupError, match=f"{bits} bits in the {name} layout on cpu"):
+        wq_kernels.select("cpu", bits, name)
 
 
-def test_one_line_in_the_registry_is_enough_for_the_op(registry: Registry, dummy: ModuleType) -> None:
+def test_one_line_in_the_registry_is_enough_for_the_op(register: Register, dummy: ModuleType) -> None:
     packed, scale, _ = random_weight(4, True, 7, 32, 1)
     x = torch.randn(2, 3, 32, requires_grad=True)
-    registry(dummy=("dummy_backend", ("cpu",)))
-    y = wq.layers.ops.linear(x, packed, scale, None, None, 4, 32)
+    register(dummy=Backend("dummy_backend", "stream", ("cpu",)))
+    y = ops.linear(x, packed, scale, None, None, None, 4, 7, 32, "stream")
     assert torch.equal(y, torch.full((2, 3, 7), 7.0))
     y.sum().backward()
     assert torch.equal(x.grad, torch.full((2, 3, 32), 49.0))  # 7 rows of sevens
+
+
+@pytest.mark.parametrize("name", wq_kernels.LAYOUTS)
+def test_the_op_selects_columns_by_the_permutation(name: str) -> None:
+    packed, scale, zero = random_weight(4, False, 7, 96, 3)
+    x, bias, order = torch.randn(5, 96), torch.randn(7), torch.randperm(96)
+    expected = functional.linear(x.double()[:, order], dense_weight(packed, scale, zero, 4, 96), bias.double())
+    if name == "tiled":
+        packed, scale, zero = layout.from_stream(packed, scale, zero, 4, 96)
+    for permutation in (order, order.int()):
+        y = ops.linear(x, packed, scale, zero, permutation, bias, 4, 7, 96, name)
+        torch.testing.assert_close(y, expected.float())
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta", "mps"])
+def test_the_layout_preferred_where_no_fused_kernel_runs_is_that_of_checkpoints(device: str) -> None:
+    assert wq_kernels.preferred_layout(torch.device(device), 4, 4096, 32) == "stream"
+
+
+@pytest.mark.parametrize(
+    ("bits", "in_features", "groups", "unusable", "expected"),
+    [
+        (4, 4096, 32, "", ("tiled", "fused")),
+        (2, 100, 1, "", ("tiled", "fused")),
+        (3, 4096, 32, "", ("stream", "3-bit values straddle words")),
+        (4, 4096, 256, "", ("stream", "groups of 16 are not")),
+        (4, 4096, 32, "an old processor", ("stream", "an old processor")),
+    ],
+)
+def test_the_layout_preferred_on_a_gpu_is_tiled_where_the_fused_kernel_takes_the_weight(
+    monkeypatch: pytest.MonkeyPatch,
+    bits: int,
+    in_features: int,
+    groups: int,
+    unusable: str,
+    expected: tuple[str, str],
+) -> None:
+    monkeypatch.setattr(registry, "unusable", lambda device: unusable)  # there is no GPU here to ask
+    name, why = registry.reason(torch.device("cuda", 0), bits, in_features, groups)
+    assert (name, why[: len(expected[1])]) == expected
+    assert wq_kernels.preferred_layout(torch.device("cuda", 0), bits, in_features, groups) == name
 
 
 def isolated(code: str, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -201,7 +256,7 @@ def isolated(code: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=cwd, timeout=120)
 
 
-def test_importing_the_package_imports_no_backend_and_no_triton(tmp_path: Path) -> None:
+def test_importing_the_package_imports_no_backend_no_torch_and_no_triton(tmp_path: Path) -> None:
     code = f"""
 import sys
 sys.path.insert(0, {str(PACKAGE.parent)!r})
@@ -210,7 +265,26 @@ print([n for n in sys.modules if n.partition(".")[0] in ("torch", "triton", "wq"
 """
     done = isolated(code, tmp_path)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "[]"
+    assert done.stdout.strip() == "['wq_kernels.registry']"
+
+
+@pytest.mark.parametrize("name", ["linear", "dequantize", "expert_linear"])
+def test_the_calls_are_found_when_asked_for_and_stay_once_every_backend_is_imported(tmp_path: Path, name: str) -> None:
+    code = f"""
+import sys
+sys.path.insert(0, {str(PACKAGE.parent)!r})
+import wq_kernels
+before = wq_kernels.{name}
+for backend in wq_kernels.BACKENDS:
+    try:
+        wq_kernels.get(backend)
+    except ImportError:
+        pass
+print(before is wq_kernels.dispatch.{name}, wq_kernels.{name} is before)
+"""
+    done = isolated(code, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "True True"
 
 
 def test_the_package_works_under_another_name_as_the_hub_loads_it(tmp_path: Path) -> None:
@@ -221,7 +295,7 @@ spec = importlib.util.spec_from_file_location("hub_0a1b", {str(PACKAGE / "__init
 module = importlib.util.module_from_spec(spec)
 sys.modules["hub_0a1b"] = module
 spec.loader.exec_module(module)
-print(module.select("cpu", 4).supports(4))
+print(all(module.select("cpu", 4, layout).supports(4) for layout in module.LAYOUTS), module.linear.__module__)
 """
     done = isolated(code, tmp_path)
-    assert done.stdout.strip() == "True", done.stderr
+    assert done.stdout.strip() == "True hub_0a1b.dispatch", done.stderr

@@ -3,27 +3,44 @@
 from __future__ import annotations
 
 import copy
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional
+from transformers import AutoModelForCausalLM
 
+import wq_kernels
 from wq.formats import compressed_tensors
+from wq.hf import WqConfig
 from wq.layers import PackedWeight, WqLinear
+from wq.pipeline.quantizer import quantize
 from wq.scheme import PER_CHANNEL, Scheme
 from wq.solvers import Solution
 
 SHAPES = [(40, 96, 32), (40, 96, PER_CHANNEL), (33, 64, 16), (7, 40, PER_CHANNEL)]  # out, in, group size
+# All that tiles take: groups shorter and longer than a block of words, columns and rows that are padded and not.
+TILED_SHAPES = [(40, 96, 32), (48, 512, 64), (33, 1536, 512), (7, 40, PER_CHANNEL), (16, 256, PER_CHANNEL)]
+BLOCK = {2: 256, 4: 128, 8: 64}  # columns that sixteen words hold
 
 each_shape = pytest.mark.parametrize(("out_features", "in_features", "group_size"), SHAPES)
+each_tiled_shape = pytest.mark.parametrize(("out_features", "in_features", "group_size"), TILED_SHAPES)
 each_width = pytest.mark.parametrize("bits", [2, 3, 4, 8])
+each_tiled_width = pytest.mark.parametrize("bits", list(BLOCK))
 each_grid = pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
+each_layout = pytest.mark.parametrize("layout", ["stream", "tiled"])
+each_dtype = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 
 
 def make(
     out_features: int = 40, in_features: int = 96, *, scheme: Scheme | None = None, bias: bool = True
-) -> tuple[WqLinear, torch.Tensor]:
+) -> tuple[WqLinear, Tensor]:
     """A layer loaded the way a checkpoint is, and its weight in float32."""
     scheme = scheme or Scheme(4, 32, False)
     groups = scheme.groups(in_features)
@@ -41,6 +58,34 @@ def make(
     layer.load_state_dict(tensors, assign=True)
     spread = [values.repeat_interleave(in_features // groups, 1).float() for values in (scale, zero)]
     return layer, spread[0] * (codes.float() - spread[1])
+
+
+def in_layout(layer: WqLinear, layout: str) -> WqLinear:
+    """A copy of a layer, laid out in one of the two ways."""
+    twin = copy.deepcopy(layer)
+    twin._set_layout(layout)
+    return twin
+
+
+def assert_same_state(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """Bit for bit: names, dtypes, shapes and values."""
+    assert actual.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert (actual[name].dtype, actual[name].shape) == (tensor.dtype, tensor.shape), name
+        assert torch.equal(actual[name], tensor), name
+        assert actual[name].is_contiguous(), name
+
+
+def prefer_tiles(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """As on a GPU: `prepare` tiles what fits. Returns the questions that it asks, as they come."""
+    asked: list[tuple[Any, ...]] = []
+
+    def preferred(device: torch.device, bits: int, in_features: int, groups: int) -> str:
+        asked.append((device, bits, in_features, groups))
+        return "tiled"
+
+    monkeypatch.setattr(wq_kernels, "preferred_layout", preferred)
+    return asked
 
 
 @each_shape
@@ -90,7 +135,7 @@ def test_weight_answers_questions_and_is_no_tensor() -> None:
     layer, _ = make(scheme=Scheme(3, 32, False, "bfloat16"))
     weight = layer.weight
     assert isinstance(weight, PackedWeight)
-    assert not isinstance(weight, torch.Tensor)
+    assert not isinstance(weight, Tensor)
     assert weight.shape == weight.size() == torch.Size((40, 96))
     assert (weight.size(0), weight.size(1), weight.size(-1)) == (40, 96, 96)
     assert (weight.ndim, weight.numel()) == (2, 40 * 96)
@@ -143,7 +188,7 @@ def test_a_deep_copy_is_independent() -> None:
     torch.testing.assert_close(twin.weight.dequantize(), dense.half())
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@each_dtype
 def test_casting_moves_scales_and_bias_and_leaves_packed_words(dtype: torch.dtype) -> None:
     layer, _ = make(scheme=Scheme(4, 32, False, "float32"))
     packed, zero = layer.weight_packed.clone(), layer.weight_zero_point.clone()
@@ -169,7 +214,7 @@ def test_forward_is_a_linear_with_the_dequantized_weight(
         assert torch.equal(layer(x), functional.linear(x, dense, layer.bias))
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@each_dtype
 def test_dequantize_gives_the_dtype_asked_for(dtype: torch.dtype) -> None:
     layer, dense = make()
     assert layer.dequantize().dtype == torch.float16
@@ -203,3 +248,357 @@ def test_printing_shows_the_scheme(scheme: Scheme, bias: bool, expected: str) ->
     layer = WqLinear(96, 40, bias, scheme)
     assert layer.extra_repr() == expected
     assert repr(layer) == f"WqLinear({expected})"
+
+
+# --- layouts ---
+
+
+@each_tiled_shape
+@each_tiled_width
+@each_grid
+def test_tiles_are_parameters_of_the_padded_shapes(
+    out_features: int, in_features: int, group_size: int, bits: int, symmetric: bool
+) -> None:
+    layer, _ = make(out_features, in_features, scheme=Scheme(bits, group_size, symmetric))
+    layer._set_layout("tiled")
+    rows, blocks = -(-out_features // 16) * 16, -(-in_features // BLOCK[bits])
+    groups = 1 if group_size == PER_CHANNEL else blocks * BLOCK[bits] // group_size
+    expected = {
+        "weight_packed": ((blocks, rows, 16), torch.int32),
+        "weight_scale": ((groups, rows), torch.float16),
+        "weight_zero_point": ((1 if symmetric else groups, rows), torch.uint8),
+        "bias": ((out_features,), torch.float16),
+    }
+    assert layer.layout == "tiled"
+    assert {name: (tuple(p.shape), p.dtype) for name, p in layer.named_parameters()} == expected
+    assert all(p.is_contiguous() and not p.requires_grad for p in layer.parameters())
+    assert layer.weight.shape == (out_features, in_features)
+
+
+@each_tiled_shape
+@each_tiled_width
+@each_grid
+@each_dtype
+def test_tiles_compute_the_same_bit_for_bit(
+    out_features: int, in_features: int, group_size: int, bits: int, symmetric: bool, dtype: torch.dtype
+) -> None:
+    scheme = Scheme(bits, group_size, symmetric, str(dtype).removeprefix("torch."))
+    layer, dense = make(out_features, in_features, scheme=scheme)
+    tiled = in_layout(layer, "tiled")
+    assert torch.equal(tiled.dequantize(torch.float32), dense)
+    assert torch.equal(tiled.dequantize(), layer.dequantize())
+    for shape in ((5, in_features), (2, 3, in_features), (in_features,)):
+        x = torch.randn(shape).to(dtype)
+        assert torch.equal(tiled(x), layer(x))
+
+
+@each_tiled_shape
+@each_tiled_width
+@each_grid
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+def test_the_state_of_a_tiled_layer_is_that_of_the_checkpoint(
+    out_features: int, in_features: int, group_size: int, bits: int, symmetric: bool, bias: bool
+) -> None:
+    layer, _ = make(out_features, in_features, scheme=Scheme(bits, group_size, symmetric), bias=bias)
+    tiled = in_layout(layer, "tiled")
+    assert_same_state(tiled.state_dict(), layer.state_dict())
+    assert tiled.layout == "tiled"
+    nested = nn.Sequential(nn.Identity(), tiled).state_dict()
+    assert_same_state(nested, {f"1.{name}": tensor for name, tensor in layer.state_dict().items()})
+
+
+@each_tiled_shape
+@each_tiled_width
+@each_grid
+def test_there_and_back_again_restores_the_bytes(
+    out_features: int, in_features: int, group_size: int, bits: int, symmetric: bool
+) -> None:
+    layer, _ = make(out_features, in_features, scheme=Scheme(bits, group_size, symmetric))
+    back = in_layout(in_layout(layer, "tiled"), "stream")
+    assert back.layout == "stream"
+    assert_same_state(dict(back.named_parameters()), dict(layer.named_parameters()))
+    assert (back.weight_zero_point is None) == symmetric
+
+
+@each_tiled_width
+@each_grid
+@pytest.mark.parametrize("assign", [True, False], ids=["assign", "copy"])
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_tiled_layer_loads_the_state_of_a_checkpoint(bits: int, symmetric: bool, assign: bool, device: str) -> None:
+    layer, _ = make(scheme=Scheme(bits, 32, symmetric))
+    other = in_layout(make(scheme=layer.scheme)[0], "tiled")
+    assert not torch.equal(other.dequantize(), layer.dequantize())
+    other.to(device)
+    if device == "meta" and not assign:
+        other.to_empty(device="cpu")
+        other._set_layout("tiled")
+    other.load_state_dict(layer.state_dict(), assign=assign)
+    assert other.layout == "tiled"
+    assert_same_state(other.state_dict(), layer.state_dict())
+    assert not any(parameter.requires_grad for parameter in other.parameters())
+    x = torch.randn(3, 96).half()
+    assert torch.equal(other(x), layer(x))
+
+
+@each_layout
+def test_a_state_that_does_not_fit_is_an_error_and_changes_nothing(layout: str) -> None:
+    layer, dense = make(scheme=Scheme(4, 32, True))
+    layer._set_layout(layout)
+    state = layer.state_dict()
+    for damaged, message in (
+        ({**state, "weight_scale": state["weight_scale"][:, :2]}, "size mismatch for weight_scale"),
+        ({**state, "weight_zero_point": torch.zeros(5, 3, dtype=torch.int32)}, "Unexpected.*weight_zero_point"),
+        ({name: tensor for name, tensor in state.items() if name != "weight_packed"}, "Missing.*weight_packed"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            layer.load_state_dict(damaged)
+        assert layer.layout == layout
+        assert torch.equal(layer.dequantize(torch.float32), dense)
+
+
+@pytest.mark.parametrize(
+    ("shape", "scheme"),
+    [((40, 96), Scheme(3, 32, False)), ((33, 64), Scheme(4, 16, False)), ((40, 96), Scheme(4, 48, False))],
+    ids=["3 bits", "groups of 16", "groups of 48"],
+)
+def test_what_tiles_do_not_take_stays_as_it_is(shape: tuple[int, int], scheme: Scheme) -> None:
+    layer, dense = make(*shape, scheme=scheme)
+    before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+    with pytest.raises(ValueError, match="tiled layout"):
+        layer._set_layout("tiled")
+    assert layer.layout == "stream"
+    assert_same_state(layer.state_dict(), before)
+    assert torch.equal(layer.dequantize(torch.float32), dense)
+
+
+@each_grid
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))], ids=["c", "p"])
+def test_a_copy_of_a_tiled_layer_is_tiled_and_independent(
+    symmetric: bool, duplicate: Callable[[WqLinear], WqLinear]
+) -> None:
+    layer, _ = make(scheme=Scheme(4, 32, symmetric))
+    layer._set_layout("tiled")
+    layer.permutation = nn.Parameter(torch.randperm(96), requires_grad=False)
+    expected, state = layer.dequantize(), {name: t.clone() for name, t in layer.state_dict().items()}
+    twin = duplicate(layer)
+    layer.weight_scale.zero_()
+    layer.permutation.zero_()
+    assert twin.layout == "tiled"
+    assert torch.equal(twin.dequantize(), expected)
+    assert torch.equal(twin.weight.dequantize(), expected)
+    assert_same_state(twin.state_dict(), state)
+    assert not torch.equal(layer.dequantize(), expected)
+
+
+@each_tiled_width
+@each_grid
+@each_dtype
+def test_casting_in_tiles_is_casting_in_the_stream(bits: int, symmetric: bool, dtype: torch.dtype) -> None:
+    layer, _ = make(scheme=Scheme(bits, 32, symmetric, "float32"))
+    tiled = in_layout(layer, "tiled")
+    words, points = tiled.weight_packed.clone(), tiled.weight_zero_point.clone()
+    layer.to(dtype)
+    for cast in (lambda: tiled.to(dtype), {torch.float16: tiled.half, torch.bfloat16: tiled.bfloat16}.get(dtype)):
+        if cast is not None:
+            cast()
+        assert tiled.layout == "tiled"
+        assert tiled.weight_scale.dtype == tiled.bias.dtype == tiled.weight.dtype == dtype
+        assert torch.equal(tiled.weight_packed, words)
+        assert tiled.weight_zero_point.dtype == torch.uint8
+        assert torch.equal(tiled.weight_zero_point, points)
+        assert_same_state(tiled.state_dict(), layer.state_dict())
+        x = torch.randn(3, 96).to(dtype)
+        assert torch.equal(tiled(x), layer(x))
+
+
+def test_half_and_float_in_tiles_lose_what_rounding_the_scales_loses() -> None:
+    layer, _ = make(scheme=Scheme(8, 32, False))
+    tiled = in_layout(layer, "tiled")
+    x = torch.randn(3, 96)
+    assert torch.equal(tiled.float()(x), layer.float()(x))
+    assert torch.equal(tiled.half()(x.half()), layer.half()(x.half()))
+    assert_same_state(tiled.state_dict(), layer.state_dict())
+
+
+@each_layout
+@each_grid
+def test_a_layer_can_lose_its_storage_and_get_it_back(layout: str, symmetric: bool) -> None:
+    layer, dense = make(scheme=Scheme(4, 32, symmetric, "float32"))
+    state = layer.state_dict()
+    layer._set_layout(layout)
+    layer.to("meta")
+    assert layer.layout == layout
+    assert all(parameter.is_meta for parameter in layer.parameters())
+    shapes = {name: (tensor.shape, tensor.dtype) for name, tensor in layer.state_dict().items()}
+    assert shapes == {name: (tensor.shape, tensor.dtype) for name, tensor in state.items()}
+    assert layer.prepare() is layer
+    assert layer.layout == layout
+    layer.to_empty(device="cpu").load_state_dict(state)
+    assert layer.layout == "stream"  # the layout of this machine
+    assert torch.equal(layer.dequantize(), dense)
+
+
+def test_prepare_on_a_cpu_keeps_the_stream() -> None:
+    layer, dense = make()
+    packed = layer.weight_packed
+    assert layer.prepare() is layer
+    assert layer.layout == "stream"
+    assert layer.weight_packed is packed
+    layer._set_layout("tiled")
+    assert layer.prepare().layout == "stream"
+    assert torch.equal(layer.dequantize(torch.float32), dense)
+
+
+@pytest.mark.parametrize(("group_size", "groups"), [(32, 3), (PER_CHANNEL, 1)])
+def test_prepare_tiles_where_tiles_are_preferred(group_size: int, groups: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, dense = make(scheme=Scheme(8, group_size, False))
+    asked = prefer_tiles(monkeypatch)
+    assert layer.prepare().layout == "tiled"
+    words = layer.weight_packed
+    assert layer.prepare().weight_packed is words
+    assert asked == 2 * [(torch.device("cpu"), 8, 96, groups)]
+    assert torch.equal(layer.dequantize(torch.float32), dense)
+
+
+def test_only_a_move_to_another_device_lays_a_layer_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, dense = make()
+    model, state = nn.Sequential(layer), {f"0.{name}": tensor for name, tensor in layer.state_dict().items()}
+    asked = prefer_tiles(monkeypatch)
+    model.half().float().to("cpu").to(torch.float32)
+    assert not asked
+    assert layer.layout == "stream"
+    model.to("meta").to_empty(device="cpu")
+    assert layer.layout == "tiled"
+    model.load_state_dict(state)
+    assert torch.equal(layer.dequantize(), dense)
+
+
+@each_grid
+def test_a_move_takes_a_tiled_layer_to_the_layout_of_the_new_device(symmetric: bool) -> None:
+    """From the only other device there is here, which keeps no values: they come back by hand."""
+    layer, dense = make(scheme=Scheme(4, 32, symmetric))
+    state = layer.state_dict()
+    layer._set_layout("tiled")
+    values = iter([parameter.detach().clone() for parameter in layer.parameters()])
+    layer.to("meta")
+    assert layer.layout == "tiled"
+    layer._apply(lambda _: next(values))
+    assert layer.layout == "stream"
+    assert_same_state(layer.state_dict(), state)
+    assert torch.equal(layer.dequantize(torch.float32), dense)
+
+
+@each_layout
+def test_a_compiled_layer_is_one_graph_for_all_batch_sizes(layout: str) -> None:
+    layer, _ = make(scheme=Scheme(8, 32, False, "float32"))  # two blocks of words, as many as rows
+    layer._set_layout(layout)
+    counter = CompileCounterWithBackend("aot_eager")
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend=counter, dynamic=True)
+    for rows in (2, 3, 8, 33):
+        x = torch.randn(rows, 96)
+        torch.testing.assert_close(compiled(x), layer(x))
+    assert counter.frame_count == 1
+
+
+# --- the order of columns ---
+
+
+@each_layout
+@each_tiled_width
+@each_grid
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
+def test_a_permuted_layer_takes_and_gives_columns_in_the_order_of_the_input(
+    layout: str, bits: int, symmetric: bool, dtype: torch.dtype
+) -> None:
+    layer, stored = make(scheme=Scheme(bits, 32, symmetric, "float32"))
+    layer._set_layout(layout)
+    order = torch.randperm(96)
+    layer.permutation = nn.Parameter(order.to(dtype), requires_grad=False)
+    dense = torch.empty_like(stored)
+    for column, source in enumerate(order.tolist()):
+        dense[:, source] = stored[:, column]
+    assert not torch.equal(dense, stored)
+    assert torch.equal(layer.dequantize(), dense)
+    assert torch.equal(layer.weight.dequantize(), dense)
+    assert torch.equal(layer.dequantize(torch.bfloat16), dense.bfloat16())
+    for shape in ((5, 96), (2, 3, 96), (96,), (0, 96)):
+        x = torch.randn(shape, requires_grad=True)
+        y = layer(x)
+        torch.testing.assert_close(y, functional.linear(x, dense, layer.bias))
+        (grad,) = torch.autograd.grad(y.sum(), x)
+        torch.testing.assert_close(grad, dense.sum(0).expand(shape))
+
+
+@each_layout
+def test_the_order_survives_casts_and_layouts_and_is_part_of_the_state(layout: str) -> None:
+    layer, _ = make()
+    order = torch.randperm(96)
+    layer.permutation = nn.Parameter(order, requires_grad=False)
+    layer._set_layout(layout)
+    expected = layer.dequantize(torch.float32)
+    layer.float().half()
+    assert layer.permutation.dtype == torch.int64
+    assert torch.equal(layer.permutation, order)
+    assert torch.equal(layer.dequantize(torch.float32), expected)
+    names = {"weight_packed", "weight_scale", "weight_zero_point", "bias", "permutation"}
+    assert set(layer.state_dict()) == names
+    layer.load_state_dict(layer.state_dict())
+    assert torch.equal(layer.permutation, order)
+    assert layer.to("meta").permutation.is_meta
+
+
+# --- in a model ---
+
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"symmetric": False},
+    {"bits": 2, "symmetric": False},
+    {"bits": 8, "group_size": -1},
+]
+
+
+def logits(model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        return model(input_ids=torch.arange(2, 50).reshape(2, 24)).logits
+
+
+def layouts(model: nn.Module) -> list[str]:
+    return [module.layout for module in model.modules() if isinstance(module, WqLinear)]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_a_tiled_model_computes_and_saves_what_the_checkpoint_holds(
+    options: dict[str, Any], tiny_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tmp_path / "source"
+    quantize(tiny_model(), source, method="rtn", **{"group_size": 32, **options})
+    models = {"stream": AutoModelForCausalLM.from_pretrained(source, quantization_config=WqConfig(), dtype="auto")}
+    prefer_tiles(monkeypatch)
+    models["tiled"] = AutoModelForCausalLM.from_pretrained(source, quantization_config=WqConfig(), dtype="auto")
+    for layout, model in models.items():
+        assert layouts(model) == 14 * [layout]
+        model.save_pretrained(tmp_path / layout)
+    assert torch.equal(logits(models["tiled"]), logits(models["stream"]))
+    assert_same_state(load_file(tmp_path / "tiled" / "model.safetensors"), load_file(source / "model.safetensors"))
+    saved = {file.name: file.read_bytes() for file in (tmp_path / "stream").iterdir()}
+    assert {file.name: file.read_bytes() for file in (tmp_path / "tiled").iterdir()} == saved
+    for model in models.values():
+        model.dequantize(torch.float16)
+    assert_same_state(models["tiled"].state_dict(), models["stream"].state_dict())
+
+
+@each_grid
+def test_what_is_quantized_on_load_is_tiled_and_saved_the_same(
+    symmetric: bool, tiny_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = {"group_size": 32, "symmetric": symmetric}
+    stream = AutoModelForCausalLM.from_pretrained(tiny_model(), quantization_config=WqConfig(**config))
+    prefer_tiles(monkeypatch)
+    tiled = AutoModelForCausalLM.from_pretrained(tiny_model(), quantization_config=WqConfig(**config))
+    assert (layouts(stream), layouts(tiled)) == (14 * ["stream"], 14 * ["tiled"])
+    for layout, model in (("stream", stream), ("tiled", tiled)):
+        model.save_pretrained(tmp_path / layout)
+    files = [(tmp_path / layout / "model.safetensors").read_bytes() for layout in ("stream", "tiled")]
+    assert files[0] == files[1]
+    assert torch.equal(logits(tiled), logits(stream))

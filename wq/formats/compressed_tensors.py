@@ -157,7 +157,8 @@ def is_plain(info: Stored) -> bool:
 def declared_bits(config: Mapping[str, Any] | None, name: str) -> set[int]:
     """The widths that a config gives the layer `name`: those of the group that names it, else those of all groups."""
     groups = stored.declared(config, "config_groups")
-    named, general = set(), set()
+    named: set[int] = set()
+    general: set[int] = set()
     for group in groups.values() if isinstance(groups, Mapping) else ():
         width = stored.declared(stored.declared(group, "weights"), "num_bits")
         if type(width) is not int:

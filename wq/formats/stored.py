@@ -101,8 +101,8 @@ def column_order(name: str, g_idx: Tensor, in_features: int, groups: int) -> Ten
     if outside.any():
         column = int(outside.nonzero()[0])
         raise CheckpointError(
-            f"{name}: column {column} is in group {int(g_idx[column])}; there are groups 0 to {groups - 1}. The file is "
-            "damaged or not what it says."
+            f"{name}: column {column} is in group {int(g_idx[column])}; there are groups 0 to {groups - 1}. "
+            "The file is damaged, or not what it says."
         )
     sizes = torch.bincount(g_idx.long(), minlength=groups)
     if (sizes != in_features // groups).any():

@@ -65,8 +65,8 @@ class WqConfig(QuantizationConfigMixin):
         if not readable or (method in READ[3:] and not packing.startswith("auto_round")) or "fp" in packing:
             raise FormatError(
                 f"this repo is quantized as {method}{f' {layout or packing}' if layout or 'fp' in packing else ''}; wq "
-                "loads gptq, awq, auto-round and compressed-tensors pack-quantized. Leave quantization_config out to use "
-                "the repo's own loader."
+                "loads gptq, awq, auto-round and compressed-tensors pack-quantized. Leave quantization_config out to "
+                "use the repo's own loader."
             )
         bound = WqConfig(self.bits, self.group_size, self.symmetric, self.keep, self.dequantize)
         bound.checkpoint = dict(values)

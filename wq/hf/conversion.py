@@ -43,7 +43,7 @@ def single(values: dict[str, Any]) -> dict[str, Tensor]:
     return {name.rpartition(".")[2]: v[0] if isinstance(v, list) else v for name, v in values.items()}
 
 
-def packed_like(dense: nn.Module, scheme: Scheme, scale: torch.dtype, permuted: bool = False) -> WqLinear:
+def packed_like(dense: Any, scheme: Scheme, scale: torch.dtype, permuted: bool = False) -> WqLinear:
     """An empty `WqLinear` in the place of `dense`, with its bias."""
     in_features, out_features = dense.in_features, dense.out_features
     layer = WqLinear(in_features, out_features, dense.bias is not None, scheme, scale, permuted)
@@ -146,13 +146,13 @@ class Dequantize(_Operation):
         for pattern, tensors in input_dict.items():
             prefix, _, leaf = pattern.rpartition(".")
             sources.setdefault(prefix, {})[leaf] = tensors
-        return {
-            f"{prefix}.weight": [
-                dense(read({leaf: t[e] for leaf, t in leaves.items()}, stored), stored, getattr(torch, stored.scheme.scale_dtype))
-                for e in range(len(next(iter(leaves.values()))))
-            ]
-            for prefix, leaves in sources.items()
-        }
+        dtype = getattr(torch, stored.scheme.scale_dtype)
+        made: dict[str, list[Tensor]] = {}
+        for prefix, leaves in sources.items():
+            count = len(next(iter(leaves.values())))
+            each = ({leaf: tensors[e] for leaf, tensors in leaves.items()} for e in range(count))
+            made[f"{prefix}.weight"] = [dense(read(tensors, stored), stored, dtype) for tensors in each]
+        return made
 
     @property
     def reverse_op(self) -> ConversionOps:

@@ -87,9 +87,7 @@ def projection(module: Any, name: str) -> Projection:
 # --- reading headers ---
 
 
-def split_names(
-    model: nn.Module, entries: Mapping[str, Entry]
-) -> tuple[dict[str, dict[str, Entry]], dict[str, Entry]]:
+def split_names(model: nn.Module, entries: Mapping[str, Entry]) -> tuple[dict[str, dict[str, Entry]], dict[str, Entry]]:
     """3-D packed tensors in the file, by parameter and leaf, and all other tensors."""
     known = {name for name, parameter in model.named_parameters() if parameter.ndim == 3}
     direct: dict[str, dict[str, Entry]] = {}
@@ -179,8 +177,8 @@ def _no_values(target: str, leaf: str) -> Tensor:
 def _check_tiles(target: str, scheme: Scheme, whole: Projection) -> None:
     if not tiles.fits(scheme.bits, whole.in_features, scheme.groups(whole.in_features, target)):
         raise CheckpointError(
-            f"{target}: packed experts have 2, 4 or 8 bits in groups of 32 · 2ⁿ columns, not {scheme.bits} bits in groups "
-            f"of {scheme.group_size}. Load it with WqConfig(dequantize=True)."
+            f"{target}: packed experts have 2, 4 or 8 bits in groups of 32 · 2ⁿ columns, not {scheme.bits} bits in "
+            f"groups of {scheme.group_size}. Load it with WqConfig(dequantize=True)."
         )
 
 
@@ -232,9 +230,7 @@ class _Pending:
     _is_hf_initialized = True
 
 
-def converters(
-    quantizer: WqQuantizer, conversions: Iterable[Any], fused: Mapping[str, Fused]
-) -> list[WeightConverter]:
+def converters(quantizer: WqQuantizer, conversions: Iterable[Any], fused: Mapping[str, Fused]) -> list[WeightConverter]:
     """A copy of each merging converter for each packed tensor."""
     from wq.hf.conversion import UnpackExperts
 
@@ -304,8 +300,10 @@ def finish(model: PreTrainedModel, schemes: Mapping[str, Scheme]) -> None:
             if tensor.is_meta:
                 raise CheckpointError(f"{target} is offloaded; packed experts cannot be yet. Give them a device.")
         delattr(module, name)
-        values = [None if tensor is None else tensor.data for tensor in tensors.values()]
-        setattr(module, name, ExpertWeight.from_stream(*values, shape.in_features, scheme, shape.transposed))
+        values: list[Any] = [None if tensor is None else tensor.data for tensor in tensors.values()]
+        packed, scale, zero = values
+        weight = ExpertWeight.from_stream(packed, scale, zero, shape.in_features, scheme, shape.transposed)
+        setattr(module, name, weight)
     if getattr(model.config, "_experts_implementation", None) not in ("eager", "batched_mm"):
         model.set_experts_implementation(experts.IMPLEMENTATION)
 
@@ -346,7 +344,7 @@ def _save_pieces(state: dict[str, Tensor], entry: Fused, streams: list[tuple[Ten
 
 def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> None:
     """3-D parameters again."""
-    for path, module in list(model.named_modules()):
+    for module in list(model.modules()):
         for name in PROJECTIONS:
             weight = module._modules.get(name)
             if isinstance(weight, ExpertWeight):

@@ -70,7 +70,9 @@ def _inspect(name: str, leaves: Mapping[str, Entry], shape: tuple[int, int], con
     reader = formats.get(owner)
     stored: Stored = reader.inspect(leaves, shape, config, partial(_read, leaves), name)
     if bits.words(shape[0], stored.scheme.bits) * 32 != shape[0] * stored.scheme.bits and owner != "compressed-tensors":
-        raise CheckpointError(f"{name}: {shape[0]} rows do not fill whole words of {stored.scheme.bits}-bit zero points.")
+        raise CheckpointError(
+            f"{name}: {shape[0]} rows do not fill whole words of {stored.scheme.bits}-bit zero points."
+        )
     return replace(stored, format=owner)
 
 

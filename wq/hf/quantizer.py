@@ -151,23 +151,25 @@ class WqQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         if self.pre_quantized and self.quantization_config.dequantize:
-            model._weight_conversions = None  # type: ignore[assignment]  # they read packed names; saving the dense model must not
+            model._weight_conversions = None  # type: ignore[assignment]  # they read packed names
             return model
-        packed = {path: model.get_submodule(path) for path in (*self.schemes, *self.stored) if not self._is_experts(path)}
+        packed = {
+            path: model.get_submodule(path) for path in (*self.schemes, *self.stored) if not self._is_experts(path)
+        }
         for path, layer in packed.items():
             if not isinstance(layer, WqLinear):
                 raise CheckpointError(f"{path}.weight was not in the checkpoint. Download it again.")
             _require_loaded(path, layer)
             layer.requires_grad_(False)  # the loader turns gradients on for every floating tensor
-            if not hasattr(layer, "_hf_hook"):  # what accelerate moves in and out keeps the checkpoint's layout
-                layer.prepare()
+            layer.prepare()  # what accelerate moves in and out is on no device now, and keeps the checkpoint's layout
         fused = {name: self.schemes[name] for name in self.schemes if self._is_experts(name)}
         on_load = tuple(fused)
         fused |= {name: entry.stored.scheme for name, entry in self.experts.items()}
         if fused:
             experts.finish(model, fused)
-        kept = [c for c in model._weight_conversions or () if not is_own(c)]
-        model._weight_conversions = [*kept, *experts.converters_for_saving(kept, on_load)]
+        used: Any = model._weight_conversions
+        kept = [converter for converter in used or () if not is_own(converter)]
+        model._weight_conversions = [*kept, *experts.converters_for_saving(kept, on_load)]  # type: ignore[assignment]
         return model
 
     def _is_experts(self, name: str) -> bool:
@@ -178,7 +180,7 @@ class WqQuantizer(HfQuantizer):
         state = model.state_dict()
         for name, module in model.named_modules():
             if isinstance(module, WqLinear):
-                values = Packed(*(state.pop(f"{name}.{parameter}", None) for parameter in PARAMETERS))  # type: ignore[arg-type]
+                values = Packed(*(state.pop(f"{name}.{parameter}", None) for parameter in PARAMETERS))
                 stored = self.stored.get(name) or Stored(
                     "compressed-tensors", module.scheme, (module.out_features, module.in_features)
                 )

@@ -83,7 +83,8 @@ class ExpertWeight(nn.Module):
             tiles.dequantize(self.weight_packed[e], self.weight_scale[e], self.weight_zero_point[e], *sizes)
             for e in wanted.reshape(-1).tolist()
         ]
-        stacked = torch.stack(dense).reshape(*wanted.shape, self.out_features, self.in_features)
+        whole = torch.stack(dense) if dense else torch.empty(0, dtype=self.dtype, device=self.device)
+        stacked = whole.reshape(*wanted.shape, self.out_features, self.in_features)
         return stacked.transpose(-1, -2) if self.transposed else stacked
 
     def linear(self, x: Tensor, expert_of_row: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -124,4 +125,4 @@ def forward(experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weig
         y = experts.post_expert_norm(y)
     weighted = y.float() * top_k_weights.reshape(-1, 1).float()
     weighted = weighted.masked_fill((expert_of_row < 0).logical_or(expert_of_row >= first.experts).unsqueeze(1), 0.0)
-    return weighted.view(*top_k_index.shape, -1).sum(1).to(hidden_states.dtype)
+    return weighted.view(*top_k_index.shape, weighted.shape[1]).sum(1).to(hidden_states.dtype)

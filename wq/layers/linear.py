@@ -68,9 +68,11 @@ class WqLinear(nn.Linear):
     `[words(out), groups]`, or None on a symmetric grid. bias: float `[out]` or None. Parameters, not buffers, so that
     offloading and tensor parallelism handle them; a subclass of nn.Linear, so that adapters find it.
 
-    `prepare` lays the three out for the kernels of the device they are on, as `.to(device)` does; the state dict is
-    the checkpoint's at all times. permutation, int32 `[in]`: the input column for each column of the weight, if they are
-    in another order (act-order), else None.
+    permutation: int32 `[in]`, the input column of each column of the weight where those are in another order
+    (act-order), or None.
+
+    `prepare` lays the weight out for the kernels of the device it is on, as `.to(device)` does; the state dict is the
+    checkpoint's at all times.
     """
 
     weight_zero_point: nn.Parameter | None

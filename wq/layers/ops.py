@@ -31,7 +31,8 @@ _LIBRARY.define(
     f"expert_linear(Tensor x, Tensor expert_of_row, {_WEIGHT}, Tensor? bias, {_SIZES}) -> Tensor", tags=_TAGS
 )
 _LIBRARY.define(
-    f"expert_linear_backward(Tensor grad, Tensor expert_of_row, {_WEIGHT}, int inputs, {_SIZES}) -> Tensor", tags=_TAGS
+    f"expert_linear_backward(Tensor grad, Tensor expert_of_row, {_WEIGHT}, SymInt inputs, {_SIZES}) -> Tensor",
+    tags=_TAGS,
 )
 
 
@@ -92,6 +93,11 @@ def _expert_linear_backward_fake(grad: Tensor, *rest: Any) -> Tensor:
     return grad.new_empty(rest[-4], rest[-1])
 
 
+def _autocasts(x: Tensor) -> bool:
+    device = x.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
 class _Linear(torch.autograd.Function):
     """Gradients for the input and the bias; the packed weight has none."""
 
@@ -124,7 +130,7 @@ def linear(
     layout: str = STREAM,
 ) -> Tensor:
     """`x[..., permutation] @ W.T + bias`, `[..., out]`, for x `[..., in]`; see `wq_kernels.linear`."""
-    if torch.is_autocast_enabled(x.device.type):  # as nn.Linear: the op itself must not see a dtype it was not given
+    if _autocasts(x):  # as nn.Linear: the op itself must not see a dtype it was not given
         x = x.to(torch.get_autocast_dtype(x.device.type))
         bias = None if bias is None else bias.to(x.dtype)
     sizes = (bits, out_features, in_features, layout)
@@ -161,7 +167,7 @@ def expert_linear(
     in_features: int,
 ) -> Tensor:
     """Each row times the weight of its expert, `[rows, out]`; see `wq_kernels.expert_linear`."""
-    if torch.is_autocast_enabled(x.device.type):
+    if _autocasts(x):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     sizes = (bits, out_features, in_features)
     if torch.is_grad_enabled() and x.requires_grad:

@@ -14,7 +14,18 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-__all__ = ["BUCKETS", "ENVIRONMENT", "FUSED_ROWS", "Config", "Device", "bucket", "choose", "overrides", "split"]
+__all__ = [
+    "BUCKETS",
+    "ENVIRONMENT",
+    "FUSED_ROWS",
+    "Config",
+    "Device",
+    "bucket",
+    "built_in",
+    "choose",
+    "overrides",
+    "split",
+]
 
 ENVIRONMENT = "WQ_CONFIG"
 BUCKETS = (16, 32, 64, 128, 256)  # rows of the input, rounded up
@@ -97,9 +108,12 @@ def bucket(m: int) -> int:
 @cache
 def choose(device: Device, m: int, bits: int, block_groups: int, triton_version: str) -> Config:
     """The tile for m rows, a bucket, on a device. block_groups: groups in a block of columns (1, or more if short)."""
-    own = overrides(device.name, triton_version).get(m)
-    if own is not None:
-        return own
+    own = overrides(device.name, triton_version).get(m) if bits > 2 else None  # `wq tune` measures 4 bits
+    return built_in(device, m, bits, block_groups) if own is None else own
+
+
+def built_in(device: Device, m: int, bits: int, block_groups: int) -> Config:
+    """`choose`, by the table alone."""
     if bits == 2:
         m = min(m, 32)  # blocks are twice as wide, and so is the input's part of shared memory
     config = next(table for prefix, table in TABLE.items() if device.architecture.startswith(prefix))[m]

@@ -23,7 +23,7 @@ __all__ = ["expert_linear", "sort_rows"]
 _HALF = (torch.float16, torch.bfloat16)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "blocks", "groups", "group_shift", "rows_per_input"])
 def _experts_kernel(  # type: ignore[no-untyped-def]
     x_ptr,  # float16 or bfloat16 [rows / rows_per_input, K]
     words_ptr,  # int32 [E, blocks, N padded, 16]

@@ -10,8 +10,6 @@ More rows than that: the weight is dequantized, a bounded piece at a time, for t
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 import triton
 import triton.language as tl
@@ -19,10 +17,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from . import configs, layout
-from .dequantize import dequantize_tiles
+from .counters import take as _counters
+from .dense import dequantize_tiles
 from .experts import expert_linear
 from .inner import multiply
-from .target import describe, on, stream, target
+from .target import describe, on, target
 
 __all__ = ["dequantize", "expert_linear", "linear", "self_test", "supports"]
 
@@ -33,7 +32,7 @@ _NO_SHIFT = 31  # every block of columns belongs to group 0
 supports = layout.supports
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "blocks", "group_shift"])  # one binary, whatever their values
 def _fused_kernel(  # type: ignore[no-untyped-def]
     x_ptr,  # float16 or bfloat16 [M, K]
     words_ptr,  # int32 [blocks, N padded, 16]
@@ -100,12 +99,6 @@ def _fused_kernel(  # type: ignore[no-untyped-def]
         tl.store(out, total.to(y_ptr.dtype.element_ty), mask=n_inside[:, None] & m_inside[None, :])
 
 
-@cache
-def _counters(device: torch.device, stream: int, tiles: int) -> Tensor:
-    """Zeros that kernels on one stream share. Two streams never do: their kernels may run at the same time."""
-    return torch.zeros(tiles, dtype=torch.int32, device=device)
-
-
 def linear(
     x: Tensor,
     words: Tensor,
@@ -152,7 +145,7 @@ def multiply_rows(
     if splits > 1:
         places = tiles_m * tiles_n * splits * config.rows_n * config.rows_m
         partial = torch.empty(places, dtype=torch.float32, device=x.device)
-        counters = _counters(x.device, stream(x.device), 1 << (tiles_m * tiles_n - 1).bit_length())
+        counters = _counters(x.device, tiles_m * tiles_n)
     with on(x.device):
         _fused_kernel[tiles_m, tiles_n, splits](
             x,

@@ -105,8 +105,8 @@ def dequantize(
 ) -> Tensor:
     """The weight, `[out, in]` in `dtype`: `scale · (code − zero)`, rounded once."""
     codes = _codes(words, bits)
+    work = torch.promote_types(torch.promote_types(scale.dtype, dtype), torch.float32)
     centered = codes.view(codes.shape[0], scale.shape[0], -1).to(torch.float32) - zero.t().unsqueeze(-1)
-    work = torch.promote_types(scale.dtype, torch.float32)
     weight = (centered.to(work) * scale.t().unsqueeze(-1)).flatten(1)
     return weight[:out_features, :in_features].to(dtype).contiguous()
 

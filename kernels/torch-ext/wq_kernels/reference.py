@@ -42,7 +42,9 @@ def unpack(stream: Tensor, bits: int, count: int) -> Tensor:
 
 def _unpack_within_bytes(stream: Tensor, bits: int) -> Tensor:
     """2, 4 or 8 bits: no value leaves its byte, so the words are read as bytes, four times less to move."""
-    values = stream.contiguous().view(torch.uint8)
+    if not stream.is_contiguous() or stream.stride(-1) != 1:  # [G, 1] transposed counts as contiguous, and is not unit
+        stream = stream.clone(memory_format=torch.contiguous_format)
+    values = stream.view(torch.uint8)
     if bits == 8:
         return values
     mask = (1 << bits) - 1

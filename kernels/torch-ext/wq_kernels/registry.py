@@ -33,7 +33,7 @@ class Backend:
 BACKENDS: dict[str, Backend] = {
     "fused": Backend(".fused", TILED, ("cuda",)),
     "tiles": Backend(".layout", TILED, (_ANY,)),
-    "dequantize": Backend(".dequantize", STREAM, ("cuda", "xpu")),
+    "dequantize": Backend(".dense", STREAM, ("cuda", "xpu")),
     "reference": Backend(".reference", STREAM, (_ANY,)),
 }
 

@@ -10,7 +10,7 @@ import torch
 
 from .configs import Device
 
-__all__ = ["describe", "on", "stream", "target"]
+__all__ = ["capturing", "describe", "on", "stream", "target"]
 
 
 def interpreting() -> bool:
@@ -51,3 +51,8 @@ def stream(device: torch.device) -> int:
         return 0
     current = torch.get_device_module(device).current_stream(device)
     return current.cuda_stream if device.type == "cuda" else current.sycl_queue
+
+
+def capturing(device: torch.device) -> bool:
+    """Whether launches on the current stream go into a graph instead of running."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

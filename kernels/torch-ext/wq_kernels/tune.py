@@ -60,7 +60,7 @@ def tune(
     for done, bucket in enumerate(buckets):
         if on_bucket is not None:
             on_bucket(done, len(buckets))
-        default = configs.choose(describe(device), bucket, 4, 1, triton.__version__)
+        default = configs.built_in(describe(device), bucket, 4, 1)
         inputs = [torch.randn(bucket, in_features, device=device).to(dtype) for _, in_features, _ in problems]
         times = {}
         for config in {default, *(replace(c, registers=default.registers) for c in tiles(bucket))}:

@@ -1,0 +1,447 @@
+"""The fused linear kernel without a GPU: interpreted, it equals a product in float64 and touches its own memory only.
+
+Triton decides when it is imported whether it interprets, so this file runs itself as a script in a process of its own,
+all cases in one go, and the tests look at what it printed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from functools import cache
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parents[2]
+GUARD = 4096  # values beside a tensor that nobody may use
+COUNT, BATCH = 640, 10  # cases, and cases looked at in one test
+TABLE = (0, 0, False)  # the tile that the table has for the case
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of `wq_kernels.linear`."""
+
+    m: int
+    n: int
+    columns: tuple[int, int]  # in_features, group size
+    bits: int
+    symmetric: bool
+    dtype: str
+    scale: str
+    bias: str  # its dtype, or nothing
+    splits: int  # 0 leaves it to the formula; never more than there are blocks
+    tile: tuple[int, int, bool]  # rows_n, rows_m, scale_weights
+    target: str
+    permuted: bool
+    shape: str  # of x
+
+    def __str__(self) -> str:
+        return ", ".join(f"{field.name}={getattr(self, field.name)}" for field in fields(self))
+
+    @property
+    def blocks(self) -> int:
+        """What the layout makes of the columns: 512 / bits columns are a block."""
+        return -(-self.columns[0] * self.bits // 512)
+
+    @property
+    def work(self) -> int:
+        """Runs of `dot` that the interpreter has to go through, about."""
+        rows_n, rows_m = self.tile[:2] if self.tile != TABLE else (128, min(-(-self.m // 16) * 16, 64))
+        return -(-self.n // rows_n) * -(-self.m // rows_m) * self.blocks * 16 // self.bits
+
+
+CHOICES: dict[str, list[Any]] = {
+    "m": [1, 2, 5, 16, 17, 33, 64, 129, 256],
+    "n": [1, 16, 17, 33, 96, 130],
+    # Most are no multiple of a block of 64, 128 or 256 columns; those of whole rows are no multiple of anything.
+    "columns": [
+        (96, 32), (160, 32), (512, 32), (192, 64), (320, 64), (384, 128), (640, 128), (512, 256), (768, 256),
+        (1024, 512), (1, 1), (33, 33), (96, 96), (200, 200), (777, 777), (1100, 1100),
+    ],
+    "bits": [2, 4, 8],
+    "symmetric": [False, True],
+    "dtype": ["float16", "bfloat16"],
+    "scale": ["float16", "bfloat16", "float32"],
+    "bias": ["", "like x", "float32"],
+    "splits": [0, 1, 2, 3, 5, 7],
+    "tile": [TABLE, TABLE, (16, 16, False), (32, 64, False), (64, 128, True), (256, 32, True)],
+    "target": ["interpreter", "generic"],
+    "permuted": [False, True],
+    "shape": ["matrix", "batch", "transposed"],
+}  # fmt: skip
+
+
+def possible(case: Case) -> bool:
+    """Whether the interpreter can do it, and soon: its bfloat16 arithmetic is wrong unless everything is widened."""
+    return case.work <= 90 and (case.target == "interpreter" or case.dtype == "float16")
+
+
+@cache
+def cases() -> tuple[Case, ...]:
+    """Distinct random cases; of several drawn, the one with the most pairs of choices that none had before, or a
+    quick one."""
+    draw, seen, found = random.Random(0), set(), dict[Case, None]()
+    while len(found) < COUNT:
+        drawn = [Case(**{name: draw.choice(values) for name, values in CHOICES.items()}) for _ in range(12)]
+        fresh = [case for case in drawn if possible(case) and case not in found]
+        best = max(fresh, key=lambda case: (len(pairs(case) - seen), case.work <= 24))
+        found[best] = None
+        seen |= pairs(best)
+    return tuple(found)
+
+
+def pairs(case: Case) -> set[tuple[object, ...]]:
+    """Every two choices that a case combines."""
+    choices = [(field.name, getattr(case, field.name)) for field in fields(case)]
+    return set(combinations(choices, 2))
+
+
+def words_of(codes: Tensor, points: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor | None]:
+    """The bit streams of codes `[out, in]` and zero points `[G, out]`."""
+    from wq_kernels import reference
+
+    zero = None if symmetric else reference.pack(points.to(torch.uint8), bits).t().contiguous()
+    return reference.pack(codes.to(torch.uint8), bits), zero
+
+
+def tiled_weight(
+    bits: int, symmetric: bool, n: int, k: int, group: int, scale_dtype: torch.dtype
+) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
+    """A random weight in the tiled layout, any bits where it has no values, and the same weight in float64."""
+    from wq_kernels import layout
+
+    groups = k // group
+    codes = torch.randint(1 << bits, (n, k))
+    points = torch.full((groups, n), 1 << (bits - 1)) if symmetric else torch.randint(1 << bits, (groups, n))
+    scale = ((torch.rand(n, groups) + 0.1) / (1 << bits)).to(scale_dtype)
+    packed, zero = words_of(codes, points, bits, symmetric)
+    words, tiled_scale, tiled_zero = layout.from_stream(packed, scale, zero, bits, k)
+    ones, _ = words_of(torch.full((n, k), (1 << bits) - 1), points, bits, symmetric)
+    valid = layout.from_stream(ones, scale, zero, bits, k)[0]
+    words |= any_bits(*words.shape) & ~valid
+    dense = (codes - points.t().repeat_interleave(group, 1)) * scale.double().repeat_interleave(group, 1)
+    return (words, tiled_scale, tiled_zero), dense
+
+
+def any_bits(*shape: int) -> Tensor:
+    """int32, the sign bit included."""
+    return torch.randint(-(2**31), 2**31, shape).to(torch.int32)
+
+
+def guarded(tensor: Tensor) -> Tensor:
+    """A copy that lies between values whose use is seen in a result: NaN, or the largest there are."""
+    top = torch.nan if tensor.is_floating_point() else torch.iinfo(tensor.dtype).max
+    edge = torch.full((GUARD,), top, dtype=tensor.dtype)
+    return torch.cat([edge, tensor.flatten(), edge])[GUARD : GUARD + tensor.numel()].view(tensor.shape)
+
+
+@contextmanager
+def poisoned() -> Iterator[list[str]]:
+    """Inside, floats of `torch.empty` are NaN, and those of `torch.zeros` too lie between NaN. Afterwards the list
+    tells what was written beside them."""
+    real = {"empty": torch.empty, "zeros": torch.zeros}
+    made: list[Tensor] = []
+    problems: list[str] = []
+
+    def maker(name: str) -> Callable[..., Tensor]:
+        def make(*size: Any, dtype: torch.dtype = torch.float32, **options: Any) -> Tensor:
+            plain = real[name](*size, dtype=dtype, **options)
+            if not dtype.is_floating_point:
+                return plain
+            buffer = torch.full((plain.numel() + 2 * GUARD,), torch.nan, dtype=dtype)
+            made.append(buffer)
+            inside = buffer[GUARD : GUARD + plain.numel()].view(plain.shape)
+            return inside if name == "empty" else inside.zero_()
+
+        return make
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in real:
+            patch.setattr(torch, name, maker(name))
+        yield problems
+    if not all(buffer[:GUARD].isnan().all() and buffer[-GUARD:].isnan().all() for buffer in made):
+        problems.append("wrote outside of its buffers")
+
+
+@contextmanager
+def bounds_checked() -> Iterator[None]:
+    """Inside, a kernel that loads or stores outside of the tensors it was given raises IndexError."""
+    from triton.runtime import interpreter
+
+    builder, launch = interpreter.InterpreterBuilder, interpreter.GridExecutor.__call__
+    spans: list[tuple[int, int]] = []
+
+    def launched(self: Any, *arguments: Any, **constants: Any) -> None:
+        spans[:] = [span(tensor) for tensor in arguments if isinstance(tensor, Tensor)]
+        launch(self, *arguments, **constants)
+
+    def checked(real: Callable[..., Any], what: str, mask_at: int) -> Callable[..., Any]:
+        def use(self: Any, pointers: Any, *rest: Any) -> Any:
+            address = torch.from_numpy(pointers.data[rest[mask_at].data].astype("int64"))
+            size = pointers.get_element_ty().primitive_bitwidth // 8
+            inside = torch.zeros(address.shape, dtype=torch.bool)
+            for start, end in spans:
+                inside |= (address >= start) & (address + size <= end)
+            if not inside.all():
+                raise IndexError(f"{what}s {int((~inside).sum())} values outside of its tensors")
+            return real(self, pointers, *rest)
+
+        return use
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter.GridExecutor, "__call__", launched)
+        patch.setattr(builder, "create_masked_load", checked(builder.create_masked_load, "load", 0))
+        patch.setattr(builder, "create_masked_store", checked(builder.create_masked_store, "store", 1))
+        yield
+
+
+def span(tensor: Tensor) -> tuple[int, int]:
+    """The addresses from a tensor's first byte to behind its last."""
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size() * (tensor.numel() > 0)
+
+
+@contextmanager
+def backwards() -> Iterator[None]:
+    """Inside, thread blocks run from the last to the first, all tiles of the last split before those of another."""
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    real = InterpreterBuilder.set_grid_idx
+
+    def reverse(self: Any, *index: int) -> None:
+        _, y, z = size = self.grid_dim
+        place, tiles = (index[0] * y + index[1]) * z + index[2], size[0] * y
+        split, tile = z - 1 - place // tiles, tiles - 1 - place % tiles
+        real(self, tile // y, tile % y, split)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(InterpreterBuilder, "set_grid_idx", reverse)
+        yield
+
+
+def relative_error(actual: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> float:
+    """Of a product, in the Frobenius norm, against float64. A result that happens to be small is no yardstick: it is
+    measured against what the product's size would be if the signs were random."""
+    exact = x.double() @ weight.t() + (0 if bias is None else bias.double())
+    size = max(exact.norm(), (x.double().square() @ weight.t().square()).sum().sqrt())
+    return float((actual.double() - exact).norm() / size)
+
+
+def tolerance(case: Case, outputs: int) -> float:
+    """Relative, for the norm. The interpreter truncates to bfloat16: up to 2**-7 for one value, 3.3e-3 for many."""
+    if case.dtype == "bfloat16":
+        return 6e-3 if outputs > 100 else 2**-7
+    if case.target == "generic" and (case.tile == TABLE or case.tile[2]):
+        return 1e-3  # the scaled weight is rounded to float16 as well, and so is its scale
+    return 6e-4
+
+
+def inputs(case: Case, k: int) -> Tensor:
+    """x in the wanted shape; the same number of rows in all of them."""
+    dtype = getattr(torch, case.dtype)
+    if case.shape == "transposed":
+        return torch.randn(k, case.m).to(dtype).t()
+    x = guarded(torch.randn(case.m, k).to(dtype))
+    return x.view(-1, 1, case.m, k) if case.shape == "batch" else x
+
+
+def run_case(case: Case) -> dict[str, Any]:
+    """Call, and call again with the thread blocks in the opposite order. What was wrong, and in how many parts."""
+    import wq_kernels
+    from wq_kernels import configs, counters, fused
+
+    k, group = case.columns
+    weight, dense = tiled_weight(case.bits, case.symmetric, case.n, k, group, getattr(torch, case.scale))
+    weight = tuple(guarded(tensor) for tensor in weight)
+    x, order = inputs(case, k), torch.randperm(k) if case.permuted else None
+    bias = guarded(torch.randn(case.n).to(x.dtype if case.bias == "like x" else torch.float32)) if case.bias else None
+    splits, counted, split, take = [], [], configs.split, counters.Arena.take
+
+    def forced(*arguments: Any) -> int:
+        splits.append(min(case.splits, case.blocks) if case.splits else split(*arguments))
+        return splits[-1]
+
+    def recorded(*arguments: Any) -> Tensor:
+        counted.append(take(*arguments))
+        return counted[-1]
+
+    with pytest.MonkeyPatch.context() as patch, poisoned() as problems:
+        patch.setattr(configs, "split", forced)
+        patch.setattr(counters.Arena, "take", recorded)
+        patch.setattr(fused, "target", lambda device: case.target)
+        if case.tile != TABLE:
+            rows_n, rows_m, scale_weights = case.tile
+            patch.setattr(configs, "choose", lambda *_: configs.Config(rows_n, rows_m, 4, 2, scale_weights))
+        call = (x, *weight, order, bias, case.bits, case.n, k, "tiled")
+        first = wq_kernels.linear(*call)
+        with backwards():
+            second = wq_kernels.linear(*call)
+    ordered = x if order is None else x[..., order]
+    if first.shape != (*x.shape[:-1], case.n) or first.dtype != x.dtype:
+        problems.append(f"made {first.dtype} {list(first.shape)}")
+    elif first.isnan().any():
+        problems.append(f"left {int(first.isnan().sum())} values unwritten, or used what is not its own")
+    elif (error := relative_error(first, ordered, dense, bias)) > tolerance(case, first.numel()):
+        problems.append(f"is wrong by {error:.1e}")
+    if not torch.equal(first, second):
+        problems.append("depends on the order of the thread blocks")
+    if any(tensor.any() for tensor in counted):
+        problems.append("left its counters behind")
+    if (max(splits) > 1) != bool(counted):
+        problems.append("counts where nothing is split, or does not where it is")
+    return {"problem": "; ".join(problems), "splits": splits[0], "blocks": case.blocks}
+
+
+# dtype, rows of x, bits, bias; the fused kernel takes none of them
+DENSE = [
+    (dtype, m, bits, bias)
+    for dtype, m in (("float16", 257), ("bfloat16", 257), ("float32", 1), ("float32", 300), ("float64", 3))
+    for bits in (2, 4, 8)
+    for bias in (False, True)
+]
+# Weights and results are rounded to 16 bits (bfloat16: truncated, by the interpreter); the library adds in float32.
+DENSE_TOLERANCE = {"float16": 1e-3, "bfloat16": 1.2e-2, "float32": 1e-6, "float64": 1e-7}
+
+
+def run_dense(dtype: str, m: int, bits: int, bias: bool) -> dict[str, Any]:
+    """The path of many rows and of float32, with room for sixteen rows of the weight at a time."""
+    from wq_kernels import fused
+
+    n, k, pieces = 41, 160, []
+    weight, dense = tiled_weight(bits, False, n, k, 32, torch.float16)
+    x = torch.randn(m, k).to(getattr(torch, dtype))
+    b = torch.randn(n).to(x.dtype) if bias else None
+    real = fused.dequantize_tiles
+    with pytest.MonkeyPatch.context() as patch, poisoned() as problems:
+        patch.setattr(fused, "_SCRATCH", 16 * k * x.element_size())
+        patch.setattr(fused, "dequantize_tiles", lambda *call: pieces.append(call[4]) or real(*call))
+        y = fused.linear(x, *weight, b, bits, n, k)
+    if pieces != [(0, 16), (16, 32), (32, 41)]:
+        problems.append(f"dequantized rows {pieces}")
+    error = relative_error(y, x, dense, b)
+    if y.dtype != x.dtype or not error <= DENSE_TOLERANCE[dtype]:
+        problems.append(f"{y.dtype}, wrong by {error:.1e}")
+    return {"problem": "; ".join(problems)}
+
+
+def run_self_tests() -> dict[str, str]:
+    """What the self-test says of kernels that work, cannot be launched, and compute something else."""
+    from wq_kernels import fused
+    from wq_kernels.configs import Device
+
+    cpu, said = torch.device("cpu"), {}
+    said["works"] = fused.self_test(cpu)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fused, "_fused_kernel", {})
+        said["cannot be launched"] = fused.self_test(cpu)
+    with pytest.MonkeyPatch.context() as patch:
+        linear = fused.linear
+        patch.setattr(fused, "linear", lambda *call: linear(*call) * 1.01)
+        said["computes something else"] = fused.self_test(cpu)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+        patch.setattr(fused, "describe", lambda device: Device("an old GPU", "sm_75", 40))
+        said["is too old"] = fused.self_test(torch.device("cuda", 0))
+    return said
+
+
+def attempt(run: Callable[..., dict[str, Any]], *case: Any) -> dict[str, Any]:
+    """`run(*case)`; an error is the problem of this case, and the others still run."""
+    try:
+        return run(*case)
+    except Exception as error:
+        return {"problem": repr(error), "splits": 1, "blocks": 1}
+
+
+def run_all() -> dict[str, Any]:
+    """Everything that needs the interpreter."""
+    from wq_kernels import registry
+
+    with pytest.MonkeyPatch.context() as patch, bounds_checked():
+        patch.setitem(registry.BACKENDS, "fused", registry.Backend(".fused", "tiled", ("cpu",)))
+        return {
+            "cases": {str(case): attempt(run_case, case) for case in cases()},
+            "dense": {str(case): attempt(run_dense, *case) for case in DENSE},
+            "self-test": run_self_tests(),
+        }
+
+
+def run_script(file: str, folder: Path, what: str = "", **environment: str) -> Any:
+    """Run a test file as a script; what it printed. Nothing that steers Triton or wq is inherited."""
+    pytest.importorskip("triton", reason="triton is not installed: the kernel can neither be interpreted nor compiled")
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("TRITON_", "WQ_"))}
+    done = subprocess.run(
+        [sys.executable, file, what],
+        capture_output=True,
+        text=True,
+        env={
+            **inherited,
+            "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels" / "torch-ext")]),
+            "TRITON_CACHE_DIR": str(folder),
+            **environment,
+        },
+    )
+    assert done.returncode == 0, f"{file} ended with {done.returncode}: {done.stderr}"
+    return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def interpreted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return run_script(__file__, tmp_path_factory.mktemp("triton"), TRITON_INTERPRET="1")
+
+
+@pytest.mark.parametrize("start", range(0, COUNT, BATCH))
+def test_the_kernel_equals_float64_twice_and_writes_its_output_only(interpreted: dict[str, Any], start: int) -> None:
+    results = interpreted["cases"]
+    batch = [str(case) for case in cases()[start : start + BATCH]]
+    assert {name: results[name]["problem"] for name in batch if results[name]["problem"]} == {}
+
+
+def test_the_cases_combine_every_two_choices_that_go_together(interpreted: dict[str, Any]) -> None:
+    assert len(interpreted["cases"]) == len(set(cases())) == COUNT
+    seen = set().union(*(pairs(case) for case in cases()))
+    wanted = {
+        ((one, a), (other, b)) for one, other in combinations(CHOICES, 2) for a in CHOICES[one] for b in CHOICES[other]
+    }
+    assert wanted - seen == {(("dtype", "bfloat16"), ("target", "generic"))}  # what the interpreter cannot do
+
+
+def test_the_cases_split_the_columns_evenly_and_unevenly(interpreted: dict[str, Any]) -> None:
+    results = interpreted["cases"].values()
+    assert sum(result["splits"] > 1 for result in results) > COUNT // 3
+    assert sum(result["blocks"] % result["splits"] > 0 for result in results) > COUNT // 10
+    by_formula = [interpreted["cases"][str(case)]["splits"] for case in cases() if not case.splits]
+    assert any(splits > 1 for splits in by_formula)
+
+
+@pytest.mark.parametrize("case", DENSE, ids=str)
+def test_many_rows_and_float32_are_multiplied_in_pieces_of_the_dense_weight(
+    interpreted: dict[str, Any], case: tuple[str, int, int, bool]
+) -> None:
+    assert interpreted["dense"][str(case)]["problem"] == ""
+
+
+def test_the_self_test_tells_why_a_kernel_is_not_usable(interpreted: dict[str, Any]) -> None:
+    said = interpreted["self-test"]
+    assert said["works"] == ""
+    assert said["cannot be launched"].startswith("KeyError: ")
+    assert said["computes something else"] == "its result on this device is wrong by 1.0e-02"
+    assert said["is too old"].startswith("sm_75 is older than sm_80")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    print(json.dumps(run_all()))
