@@ -34,7 +34,7 @@ RANKS = {
             ("checkpoint",),
             ("report", "structure"),
             ("pipeline", "hf"),
-            ("evaluate", "hub", "doctor", "tuning"),
+            ("evaluate", "hub", "doctor", "tuning", "convert"),
             ("cli",),
             ("__main__",),
         ]
