@@ -34,7 +34,8 @@ _NEEDS = {
     "auto-round": ("auto_round",),
     "intel/auto-round": ("auto_round",),
 }
-_original = AutoHfQuantizer.merge_quantization_configs.__func__  # type: ignore[attr-defined]
+_found = AutoHfQuantizer.merge_quantization_configs.__func__  # type: ignore[attr-defined]
+_original = getattr(_found, "__wrapped__", _found)  # not the stand-in of `wq.autoload`
 
 
 @contextmanager
