@@ -24,7 +24,7 @@ RANKS = {
     name: rank
     for rank, names in enumerate(
         [
-            ("errors",),
+            ("errors", "autoload"),
             ("machine", "registry"),
             ("scheme",),
             ("grid",),
@@ -34,7 +34,7 @@ RANKS = {
             ("checkpoint",),
             ("report", "structure"),
             ("pipeline", "hf"),
-            ("evaluate", "hub", "doctor", "tuning"),
+            ("evaluate", "hub", "doctor", "tuning", "convert"),
             ("cli",),
             ("__main__",),
         ]
@@ -110,8 +110,8 @@ def test_every_room_has_a_rank_and_every_rank_a_room() -> None:
 @each(WQ)
 def test_a_file_imports_only_leftwards_or_from_its_own_room(name: str) -> None:
     own = room(name.removesuffix(".py").replace("/", "."))
-    if own == "__init__":  # it re-exports all rooms, lazily
-        assert not [found for found in imports(name) if found.module.startswith("wq")]
+    if own == "__init__":  # it re-exports all rooms, lazily, and lets a bare import matter
+        assert {found.module for found in imports(name) if found.module.startswith("wq")} == {"wq.autoload"}
         return
     wrong = [
         f"{name}:{found.line} imports {found.module}"
@@ -152,7 +152,7 @@ def test_kernels_know_nothing_of_models(name: str) -> None:
 
 @each({name: file for name, file in WQ.items() if name.startswith(("wq/solvers/", "wq/formats/"))})
 def test_solvers_and_formats_are_functions_on_tensors(name: str) -> None:
-    allowed = ("wq.grid", "wq.scheme", "wq.errors", "wq.registry", "wq.formats.bits", "wq.solvers")
+    allowed = ("wq.grid", "wq.scheme", "wq.errors", "wq.registry", "wq.formats.bits", "wq.formats.stored", "wq.solvers")
     wrong = [
         found.module
         for found in imports(name)
@@ -163,7 +163,8 @@ def test_solvers_and_formats_are_functions_on_tensors(name: str) -> None:
 
 
 def test_few_files_import_transformers() -> None:
-    assert importers("transformers") == {"wq/hf.py", "wq/structure.py", "wq/pipeline/source.py"}
+    others = {name for name in importers("transformers") if not name.startswith("wq/hf/")}
+    assert others == {"wq/structure.py", "wq/pipeline/source.py"}
 
 
 def test_only_calibration_and_evaluation_import_datasets() -> None:

@@ -3,13 +3,16 @@
     from wq import WqConfig
     AutoModelForCausalLM.from_pretrained(repo, quantization_config=WqConfig())
 
-Names are imported when first used: `import wq` costs nothing and touches no accelerator.
+Names are imported when first used: `import wq` costs nothing and touches no accelerator. It also lets transformers
+load quantized repos whose own loader is not installed (see `wq.autoload`).
 """
 
 from __future__ import annotations
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+from wq import autoload
 
 __version__ = "0.1.0"
 
@@ -56,3 +59,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return __all__
+
+
+autoload.install()

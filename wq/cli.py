@@ -257,6 +257,55 @@ def tune(
     _out.print(f"next: WQ_CONFIG={output} python ...", markup=False, highlight=False, soft_wrap=True)
 
 
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help="A quantized checkpoint folder.")],
+    output: Annotated[Path, typer.Argument(help="The folder to make.")],
+    to: Annotated[str, typer.Option(help="compressed-tensors, gptq or awq.")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a folder that is not empty.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Write a checkpoint in another format, with every weight the same, or say why that cannot be."""
+    from wq.convert import convert as run
+
+    with _progress("layer", as_json) as update:
+        made = run(
+            source,
+            output,
+            to=to,
+            overwrite=overwrite,
+            on_layer=update and (lambda done, total: update(done, total, "")),
+        )
+    if as_json:
+        print(json.dumps(made))
+        return
+    proof = f"dequantized weights identical: {made['identical']}/{made['layers']}"
+    _out.print(f"{output}: {proof}", markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False}
+)
+def run(
+    context: typer.Context,
+    program: Annotated[str, typer.Argument(help="A Python script or module, lm_eval say; its arguments follow.")],
+) -> None:
+    """Run a Python program in which wq loads every quantized repo it can read: wq run -- lm_eval --model hf ..."""
+    import os
+    import runpy
+
+    from wq.hf import takeover
+
+    sys.argv = [program, *context.args]
+    with takeover(os.environ.get("WQ_TAKEOVER", "always")):
+        if Path(program).is_file():
+            sys.path.insert(0, str(Path(program).resolve().parent))
+            runpy.run_path(program, run_name="__main__")
+        else:
+            sys.path.insert(0, "")
+            runpy.run_module(program, run_name="__main__", alter_sys=True)
+
+
 @contextmanager
 def _progress(verb: str, quiet: bool) -> Iterator[Callable[[int, int, str], None] | None]:
     """A callback `(done, total, note)`: it moves a bar in a terminal and prints a line elsewhere; None when quiet."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from wq.errors import GroupSizeError, SchemeError
 
-BITS = (2, 3, 4, 8)
+BITS = (2, 3, 4, 5, 6, 7, 8)
 SCALE_DTYPES = ("float16", "bfloat16", "float32")
 PER_CHANNEL = -1
 
@@ -16,7 +16,7 @@ PER_CHANNEL = -1
 class Scheme:
     """The integer grid of a weight `[out_features, in_features]`: `W[n, k] = scale[n, g] * (code[n, k] - zero[n, g])`.
 
-    bits: 2, 3, 4 or 8; codes are unsigned, in `[0, 2**bits)`.
+    bits: 2 to 8; codes are unsigned, in `[0, 2**bits)`.
     group_size: how many neighbouring input columns share a scale; -1 is one scale for each output row.
     symmetric: the zero point is the midpoint `2**(bits - 1)` and is not stored; else an integer for each group.
     scale_dtype: the dtype in which the checkpoint stores scales; candidates are rounded to it before they are compared.
@@ -31,7 +31,7 @@ class Scheme:
 
     def __post_init__(self) -> None:
         if type(self.bits) is not int or self.bits not in BITS:
-            raise SchemeError(f"bits is {self.bits!r}; wq stores {', '.join(map(str, BITS))} bits. Use --bits 4.")
+            raise SchemeError(f"bits is {self.bits!r}; wq stores 2 to 8 bits. Use --bits 4.")
         if type(self.group_size) is not int or (self.group_size != PER_CHANNEL and not 1 < self.group_size <= 2**20):
             raise SchemeError(
                 f"group size is {self.group_size!r}; it must be a whole number from 2 to {2**20}, or -1 for one scale "

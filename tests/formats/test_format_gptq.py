@@ -13,8 +13,10 @@ from synthetic import solution
 from wq.errors import FormatError
 from wq.formats import compressed_tensors
 from wq.formats import gptq as form
-from wq.scheme import BITS, Scheme
+from wq.scheme import Scheme
 from wq.solvers import Solution
+
+BITS = (2, 3, 4, 8)  # GPTQ's
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 versions = pytest.mark.parametrize(("symmetric", "version"), [(True, "v1_sym"), (False, "v2_asym")])

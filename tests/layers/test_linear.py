@@ -378,8 +378,8 @@ def test_a_copy_of_a_tiled_layer_is_tiled_and_independent(
 ) -> None:
     layer, _ = make(scheme=Scheme(4, 32, symmetric))
     layer._set_layout("tiled")
-    layer.permutation = torch.randperm(96)
-    expected, state = layer.dequantize(), layer.state_dict()
+    layer.permutation = nn.Parameter(torch.randperm(96), requires_grad=False)
+    expected, state = layer.dequantize(), {name: t.clone() for name, t in layer.state_dict().items()}
     twin = duplicate(layer)
     layer.weight_scale.zero_()
     layer.permutation.zero_()
@@ -514,7 +514,7 @@ def test_a_permuted_layer_takes_and_gives_columns_in_the_order_of_the_input(
     layer, stored = make(scheme=Scheme(bits, 32, symmetric, "float32"))
     layer._set_layout(layout)
     order = torch.randperm(96)
-    layer.permutation = order.to(dtype)
+    layer.permutation = nn.Parameter(order.to(dtype), requires_grad=False)
     dense = torch.empty_like(stored)
     for column, source in enumerate(order.tolist()):
         dense[:, source] = stored[:, column]
@@ -531,17 +531,18 @@ def test_a_permuted_layer_takes_and_gives_columns_in_the_order_of_the_input(
 
 
 @each_layout
-def test_the_order_survives_casts_and_layouts_and_is_no_entry_of_the_state(layout: str) -> None:
+def test_the_order_survives_casts_and_layouts_and_is_part_of_the_state(layout: str) -> None:
     layer, _ = make()
     order = torch.randperm(96)
-    layer.permutation = order
+    layer.permutation = nn.Parameter(order, requires_grad=False)
     layer._set_layout(layout)
     expected = layer.dequantize(torch.float32)
     layer.float().half()
     assert layer.permutation.dtype == torch.int64
     assert torch.equal(layer.permutation, order)
     assert torch.equal(layer.dequantize(torch.float32), expected)
-    assert set(layer.state_dict()) == {"weight_packed", "weight_scale", "weight_zero_point", "bias"}
+    names = {"weight_packed", "weight_scale", "weight_zero_point", "bias", "permutation"}
+    assert set(layer.state_dict()) == names
     layer.load_state_dict(layer.state_dict())
     assert torch.equal(layer.permutation, order)
     assert layer.to("meta").permutation.is_meta

@@ -458,7 +458,8 @@ def test_a_module_can_be_exported_saved_and_loaded(layout: str, symmetric: bool,
     names = ("weight_packed", "weight_scale", "weight_zero_point", "bias")
     tensors = dict(zip(names, (*args[:3], args.bias), strict=True))
     layer.load_state_dict({name: tensor for name, tensor in tensors.items() if tensor is not None}, assign=True)
-    layer.permutation = args.permutation
+    if args.permutation is not None:
+        layer.permutation = nn.Parameter(args.permutation, requires_grad=False)
     layer._set_layout(layout)
     model = nn.Sequential(layer, nn.ReLU())
     exported = torch.export.export(model, (torch.randn(3, IN),), dynamic_shapes=({0: torch.export.Dim("rows")},))

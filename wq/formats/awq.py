@@ -10,16 +10,20 @@ every reader understands.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from wq.errors import FormatError
-from wq.formats import bits
+from wq.errors import CheckpointError, FormatError
+from wq.formats import bits, stored
+from wq.formats.stored import Leaf, Packed, Read, Stored
 from wq.scheme import Scheme
 from wq.solvers import Solution
 
 QUANT_METHOD = "awq"
+LEAVES = ("qweight", "qzeros", "scales")
 
 _ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # nibble i of a word holds column _ORDER[i]
 _INVERSE = tuple(_ORDER.index(column) for column in range(8))
@@ -66,6 +70,51 @@ def config(scheme: Scheme, dense: list[str]) -> dict[str, Any]:
         "version": "gemm",
         "modules_to_not_convert": sorted(dense),
     }
+
+
+def inspect(
+    leaves: Mapping[str, Leaf], shape: tuple[int, int], config: Mapping[str, Any] | None, read: Read, name: str
+) -> Stored:
+    """What the tensors of a layer say, as AutoAWQ, GPTQModel and AutoRound write them. Raises CheckpointError."""
+    version = stored.declared(config, "version") or stored.declared(config, "format") or "gemm"
+    if str(version).lower() != "gemm":
+        raise CheckpointError(f"{name}: wq does not read the awq layout {version!r}, only gemm.")
+    stored.require(name, leaves, "qweight", "qzeros", "scales")
+    out_features, in_features = shape
+    scales = leaves["scales"]
+    groups = scales.shape[0] if scales.shape else 0
+    size = stored.group_size(name, in_features, groups)
+    stored.expect(name, leaves, "qweight", (in_features, out_features // 8), torch.int32)
+    stored.expect(name, leaves, "scales", (groups, out_features), None)
+    stored.expect(name, leaves, "qzeros", (groups, out_features // 8), torch.int32)
+    symmetric = bool((_unpack(read("qzeros")) == 8).all())
+    return Stored("awq", stored.scheme_of(4, size, symmetric, scales.dtype), shape)
+
+
+def to_packed(tensors: dict[str, Tensor], info: Stored) -> Packed:
+    """Into wq's form."""
+    packed = bits.pack(_unpack(tensors["qweight"]).t().contiguous(), 4)
+    zero = None if info.scheme.symmetric else bits.pack(_unpack(tensors["qzeros"]), 4).t().contiguous()
+    return Packed(packed, tensors["scales"].t().contiguous(), zero)
+
+
+def convert_leaf(leaf: str, tensor: Tensor, info: Stored) -> Tensor:
+    """One of a layer's tensors as compressed-tensors has it."""
+    if leaf == "qweight":
+        return bits.pack(_unpack(tensor).t().contiguous(), 4)
+    return bits.pack(_unpack(tensor), 4).t().contiguous() if leaf == "qzeros" else tensor.t().contiguous()
+
+
+def from_packed(weight: Packed, info: Stored) -> dict[str, Tensor]:
+    """Back to the checkpoint's tensors."""
+    out_features, in_features = info.shape
+    codes = bits.unpack(weight.packed, 4, in_features).t()
+    if weight.zero is None:
+        groups = weight.scale.shape[1]
+        points = torch.full((groups, out_features), 8, dtype=torch.uint8, device=codes.device)
+    else:
+        points = bits.unpack(weight.zero.t().contiguous(), 4, out_features)
+    return {"qweight": _pack(codes), "qzeros": _pack(points), "scales": weight.scale.t().contiguous()}
 
 
 def _pack(values: Tensor) -> Tensor:

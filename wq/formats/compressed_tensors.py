@@ -4,22 +4,29 @@
     weight_scale       float [out, groups]
     weight_zero_point  int32 [words(out), groups]  zero points along out_features; absent on a symmetric grid
     weight_shape       int64 [2]
+    weight_g_idx       int32 [in]                  the group of each column, where it was quantized in another order
 
-Checked bit for bit against compressed-tensors 0.20.
+Checked bit for bit against compressed-tensors 0.20. Older versions packed 3, 5, 6 and 7 bits as many whole values as a
+word holds; such checkpoints are read, and told from the number of words.
 """
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from wq.formats import bits
+from wq.errors import CheckpointError
+from wq.formats import bits, stored
+from wq.formats.stored import Leaf, Packed, Read, Stored
 from wq.scheme import PER_CHANNEL, Scheme
 from wq.solvers import Solution
 
 QUANT_METHOD = "compressed-tensors"
+LEAVES = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx")
 
 
 def check(scheme: Scheme, shape: tuple[int, int], name: str) -> None:
@@ -76,3 +83,130 @@ def config(scheme: Scheme, dense: list[str]) -> dict[str, Any]:
         "kv_cache_scheme": None,
         "global_compression_ratio": None,
     }
+
+
+def inspect(
+    leaves: Mapping[str, Leaf], shape: tuple[int, int], config: Mapping[str, Any] | None, read: Read, name: str
+) -> Stored:
+    """What the tensors of a layer say. Raises CheckpointError."""
+    stored.require(name, leaves, "weight_packed", "weight_scale")
+    out_features, in_features = shape
+    packed, scale = leaves["weight_packed"], leaves["weight_scale"]
+    width, variant = _width(packed.shape[-1] if packed.shape else 0, in_features, declared_bits(config, name), name)
+    groups = scale.shape[-1] if len(scale.shape) == 2 else 0
+    size = stored.group_size(name, in_features, groups)
+    count = _aligned_words if variant else bits.words
+    stored.expect(name, leaves, "weight_packed", (out_features, count(in_features, width)), torch.int32)
+    stored.expect(name, leaves, "weight_scale", (out_features, groups), None)
+    symmetric = "weight_zero_point" not in leaves
+    if not symmetric:
+        stored.expect(name, leaves, "weight_zero_point", (count(out_features, width), groups), torch.int32)
+    permuted = False
+    if "weight_g_idx" in leaves:
+        stored.expect(name, leaves, "weight_g_idx", (in_features,), torch.int32)
+        permuted = stored.column_order(name, read("weight_g_idx"), in_features, groups) is not None
+        variant = f"{variant} with g_idx".strip()
+    scheme = stored.scheme_of(width, size, symmetric, scale.dtype)
+    return Stored("compressed-tensors", scheme, shape, variant, permuted)
+
+
+def to_packed(tensors: dict[str, Tensor], info: Stored) -> Packed:
+    """Into wq's form, which this format is but for the dialects of `inspect`."""
+    out_features, in_features = info.shape
+    width, packed, scale = info.scheme.bits, tensors["weight_packed"], tensors["weight_scale"]
+    zero, order = tensors.get("weight_zero_point"), None
+    if "aligned" in info.variant:
+        packed = bits.pack(_unpack_aligned(packed, width, in_features), width)
+        if zero is not None:
+            points = _unpack_aligned(zero.t().contiguous(), width, out_features)
+            zero = bits.pack(points, width).t().contiguous()
+    if info.permuted:
+        order = stored.column_order("", tensors["weight_g_idx"].cpu(), in_features, scale.shape[1])
+        assert order is not None
+        order = order.to(packed.device)
+        packed = bits.pack(bits.unpack(packed, width, in_features)[:, order.long()], width)
+    return Packed(packed, scale, zero, order)
+
+
+def from_packed(weight: Packed, info: Stored) -> dict[str, Tensor]:
+    """Back to the checkpoint's tensors."""
+    out_features, in_features = info.shape
+    width, packed, zero = info.scheme.bits, weight.packed, weight.zero
+    if weight.permutation is not None:
+        codes = bits.unpack(packed, width, in_features)
+        packed = bits.pack(torch.empty_like(codes).index_copy_(1, weight.permutation.long(), codes), width)
+    if "aligned" in info.variant:
+        packed = _pack_aligned(bits.unpack(packed, width, in_features), width)
+        if zero is not None:
+            points = bits.unpack(zero.t().contiguous(), width, out_features)
+            zero = _pack_aligned(points, width).t().contiguous()
+    tensors = {"weight_packed": packed, "weight_scale": weight.scale, "weight_shape": torch.tensor(info.shape)}
+    if zero is not None:
+        tensors["weight_zero_point"] = zero
+    if "g_idx" in info.variant:
+        groups = weight.scale.shape[1]
+        tensors["weight_g_idx"] = stored.group_index(weight.permutation, in_features, groups).to(packed.device)
+    return tensors
+
+
+def is_plain(info: Stored) -> bool:
+    """Whether the tensors are those of a `WqLinear` as they are."""
+    return info.format == "compressed-tensors" and "aligned" not in info.variant and not info.permuted
+
+
+def declared_bits(config: Mapping[str, Any] | None, name: str) -> set[int]:
+    """The widths that a config gives the layer `name`: those of the group that names it, else those of all groups."""
+    groups = stored.declared(config, "config_groups")
+    named: set[int] = set()
+    general: set[int] = set()
+    for group in groups.values() if isinstance(groups, Mapping) else ():
+        width = stored.declared(stored.declared(group, "weights"), "num_bits")
+        if type(width) is not int:
+            continue
+        targets = stored.declared(group, "targets") or ()
+        (named if any(_names(target, name) for target in targets) else general).add(width)
+    return named or general
+
+
+def _names(target: Any, name: str) -> bool:
+    if not isinstance(target, str):
+        return False
+    if not target.startswith("re:"):
+        return name == target or name.endswith(f".{target}")
+    try:
+        return re.match(target.removeprefix("re:"), name) is not None
+    except re.error:
+        return False
+
+
+def _width(words: int, in_features: int, widths: set[int], name: str) -> tuple[int, str]:
+    """Bits for each weight, and the dialect."""
+    for width in sorted(widths) or range(2, 9):
+        if words == bits.words(in_features, width):
+            return width, ""
+    for width in sorted(widths):
+        if words == _aligned_words(in_features, width):
+            return width, "aligned"
+    says = f"config.json says {sorted(widths)}" if widths else "2 to 8 are possible"
+    raise CheckpointError(
+        f"{name}.weight_packed holds {words * 32 / in_features:.3g} bits for each of {in_features} columns; {says}."
+    )
+
+
+def _aligned_words(count: int, width: int) -> int:
+    return -(-count // (32 // width))
+
+
+def _pack_aligned(values: Tensor, width: int) -> Tensor:
+    """`32 // width` values in each word, the rest of it empty: how older versions packed odd widths."""
+    rows, count = values.shape
+    each = 32 // width
+    padded = torch.nn.functional.pad(values.to(torch.int64), (0, -count % each)).reshape(rows, -1, each)
+    words = (padded << (torch.arange(each, device=values.device) * width)).sum(-1)
+    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
+
+
+def _unpack_aligned(words: Tensor, width: int, count: int) -> Tensor:
+    shifts = torch.arange(32 // width, device=words.device, dtype=torch.int32) * width
+    values = (words.unsqueeze(-1) >> shifts) & ((1 << width) - 1)
+    return values.to(torch.uint8).flatten(1)[:, :count].contiguous()

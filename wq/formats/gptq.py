@@ -3,31 +3,40 @@
     qweight  int32 [words(in), out]     codes along in_features
     qzeros   int32 [groups, words(out)]
     scales   fp16  [groups, out]
-    g_idx    int32 [in]                 the group of each column; always in order here
+    g_idx    int32 [in]                 the group of each column; in order when wq writes it
 
 Version 1 stores `zero - 1`, and readers disagree about the zero point 0, which it stores as all ones. So version 1 is
 written for symmetric grids only, and version 2 (`checkpoint_format: gptq_v2`), which stores the zero point itself, for
-asymmetric ones.
+asymmetric ones. Version 1 is read as GPTQModel does: 2-, 4- and 8-bit words are added to as a whole, carries included,
+which undoes how it writes them; 3-bit fields one by one.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from wq.errors import FormatError
-from wq.formats import bits
+from wq.errors import CheckpointError, FormatError
+from wq.formats import bits, stored
+from wq.formats.stored import Leaf, Packed, Read, Stored
 from wq.scheme import Scheme
 from wq.solvers import Solution
 
 QUANT_METHOD = "gptq"
+LEAVES = ("qweight", "qzeros", "scales", "g_idx")
+_BITS = (2, 3, 4, 8)
+_VERSION_2 = ("gptq_v2", "auto_round", "auto_round:gptqmodel")  # GPTQModel's and AutoRound's names for it
+_VERSION_1 = ("gptq", "auto_round:auto_gptq", None)
 
 
 def check(scheme: Scheme, shape: tuple[int, int], name: str) -> None:
     """Raise FormatError or GroupSizeError when GPTQ cannot hold this layer."""
+    if scheme.bits not in _BITS:
+        raise FormatError(f"{name}: gptq holds 2, 3, 4 or 8 bits, not {scheme.bits}. Use --format compressed-tensors.")
     scheme.groups(shape[1], name)
     if scheme.scale_dtype != "float16":
         raise FormatError(f"{name}: gptq stores float16 scales, not {scheme.scale_dtype}. Use --dtype float16.")
@@ -75,3 +84,102 @@ def config(scheme: Scheme, dense: list[str]) -> dict[str, Any]:
         "pack_dtype": "int32",
     }
     return values | ({"dynamic": skip} if skip else {})
+
+
+def inspect(
+    leaves: Mapping[str, Leaf], shape: tuple[int, int], config: Mapping[str, Any] | None, read: Read, name: str
+) -> Stored:
+    """What the tensors of a layer say, as GPTQModel, AutoGPTQ and AutoRound write them. Raises CheckpointError."""
+    layout = stored.declared(config, "packing_format") or stored.declared(config, "checkpoint_format")
+    if layout not in _VERSION_1 + _VERSION_2:
+        raise CheckpointError(f"{name}: wq does not read the gptq layout {layout!r}.")
+    stored.require(name, leaves, "qweight", "qzeros", "scales")
+    out_features, in_features = shape
+    rows = leaves["qweight"].shape[0] if leaves["qweight"].shape else 0
+    width = rows * 32 // in_features
+    if width not in _BITS:
+        raise CheckpointError(f"{name}.qweight is {list(leaves['qweight'].shape)}: no 2, 3, 4 or 8 bits for {shape}.")
+    scales = leaves["scales"]
+    groups = scales.shape[0] if scales.shape else 0
+    size = stored.group_size(name, in_features, groups)
+    stored.expect(name, leaves, "qweight", (bits.words(in_features, width), out_features), torch.int32)
+    stored.expect(name, leaves, "scales", (groups, out_features), None)
+    stored.expect(name, leaves, "qzeros", (groups, bits.words(out_features, width)), torch.int32)
+    permuted = False
+    if "g_idx" in leaves:
+        stored.expect(name, leaves, "g_idx", (in_features,), torch.int32)
+        permuted = stored.column_order(name, read("g_idx"), in_features, groups) is not None
+    version = "2" if layout in _VERSION_2 else "1"
+    zero = _zero_points(read("qzeros"), width, out_features, version)
+    symmetric = bool((zero == 1 << (width - 1)).all())
+    variant = version if "g_idx" in leaves else f"{version} without g_idx"
+    return Stored("gptq", stored.scheme_of(width, size, symmetric, scales.dtype), shape, variant, permuted)
+
+
+def to_packed(tensors: dict[str, Tensor], info: Stored) -> Packed:
+    """Into wq's form: transposed, zero points without their offset, columns sorted by group."""
+    out_features, in_features = info.shape
+    width, groups = info.scheme.bits, tensors["scales"].shape[0]
+    packed = tensors["qweight"].t().contiguous()
+    order = None
+    if info.permuted:
+        order = stored.column_order("", tensors["g_idx"].cpu(), in_features, groups)
+        assert order is not None
+        order = order.to(packed.device)
+        packed = bits.pack(bits.unpack(packed, width, in_features)[:, order.long()], width)
+    zero = None
+    if not info.scheme.symmetric:
+        points = _zero_points(tensors["qzeros"], width, out_features, info.variant[0])
+        zero = bits.pack(points, width).t().contiguous()
+    return Packed(packed, tensors["scales"].t().contiguous(), zero, order)
+
+
+def convert_leaf(leaf: str, tensor: Tensor, info: Stored) -> Tensor:
+    """One of a layer's tensors as compressed-tensors has it, for layers whose columns are in order."""
+    if leaf == "qzeros":
+        points = _zero_points(tensor, info.scheme.bits, info.shape[0], info.variant[0])
+        return bits.pack(points, info.scheme.bits).t().contiguous()
+    return tensor.t().contiguous()
+
+
+def from_packed(weight: Packed, info: Stored) -> dict[str, Tensor]:
+    """Back to the checkpoint's tensors."""
+    out_features, in_features = info.shape
+    width, groups = info.scheme.bits, weight.scale.shape[1]
+    packed = weight.packed
+    if weight.permutation is not None:
+        codes = bits.unpack(packed, width, in_features)
+        packed = bits.pack(torch.empty_like(codes).index_copy_(1, weight.permutation.long(), codes), width)
+    if weight.zero is None:
+        points = torch.full((groups, out_features), info.scheme.midpoint, dtype=torch.uint8, device=packed.device)
+    else:
+        points = bits.unpack(weight.zero.t().contiguous(), width, out_features)
+    tensors = {
+        "qweight": packed.t().contiguous(),
+        "qzeros": _store_zero_points(points, width, info.variant[0]),
+        "scales": weight.scale.t().contiguous(),
+    }
+    if "without" not in info.variant:
+        tensors["g_idx"] = stored.group_index(weight.permutation, in_features, groups).to(packed.device)
+    return tensors
+
+
+def _zero_points(qzeros: Tensor, width: int, out_features: int, version: str) -> Tensor:
+    """uint8 `[groups, out]`."""
+    if version == "1" and width != 3:
+        qzeros = qzeros + _ones(width)
+    points = bits.unpack(qzeros, width, out_features)
+    return (points + 1) & 7 if version == "1" and width == 3 else points
+
+
+def _store_zero_points(points: Tensor, width: int, version: str) -> Tensor:
+    """The inverse of `_zero_points`."""
+    if version == "1" and width == 3:
+        points = (points + 7) & 7
+    qzeros = bits.pack(points, width)
+    return qzeros - _ones(width) if version == "1" and width != 3 else qzeros
+
+
+def _ones(width: int) -> int:
+    """A one in every field of an int32 word; sums with it wrap around as int32 does."""
+    return sum(1 << i for i in range(0, 32, width))

@@ -68,17 +68,25 @@ class WqLinear(nn.Linear):
     `[words(out), groups]`, or None on a symmetric grid. bias: float `[out]` or None. Parameters, not buffers, so that
     offloading and tensor parallelism handle them; a subclass of nn.Linear, so that adapters find it.
 
-    `prepare` lays the three out for the kernels of the device they are on, as `.to(device)` does; the state dict is
-    the checkpoint's at all times. permutation, int `[in]`: the input column for each column of the weight, if they
-    were stored in another order (act-order); the state dict does not have it.
+    permutation: int32 `[in]`, the input column of each column of the weight where those are in another order
+    (act-order), or None.
+
+    `prepare` lays the weight out for the kernels of the device it is on, as `.to(device)` does; the state dict is the
+    checkpoint's at all times.
     """
 
     weight_zero_point: nn.Parameter | None
-    permutation: Tensor | None
+    permutation: nn.Parameter | None
     _hf_quantized_needs_local_tp = True  # tensor parallelism then hands forward plain local tensors
 
     def __init__(
-        self, in_features: int, out_features: int, bias: bool, scheme: Scheme, dtype: torch.dtype | None = None
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool,
+        scheme: Scheme,
+        dtype: torch.dtype | None = None,
+        permuted: bool = False,
     ):
         nn.Module.__init__(self)
         self.in_features, self.out_features, self.scheme = in_features, out_features, scheme
@@ -91,7 +99,7 @@ class WqLinear(nn.Linear):
         zero_point = _empty(bit_stream.words(out_features, scheme.bits), groups, dtype=torch.int32)
         self.register_parameter("weight_zero_point", None if scheme.symmetric else zero_point)
         self.register_parameter("bias", _empty(out_features, dtype=scale) if bias else None)
-        self.register_buffer("permutation", None, persistent=False)
+        self.register_parameter("permutation", _empty(in_features, dtype=torch.int32) if permuted else None)
 
     @property
     def weight(self) -> PackedWeight:  # type: ignore[override]

@@ -1,0 +1,128 @@
+"""How one layer's weight lies in a checkpoint, whatever wrote it, and the form in which wq computes with it.
+
+A format's reader is three functions, pure but for `read`, which fetches the few small tensors whose values decide:
+
+    inspect(leaves, shape, config, read, name) -> Stored    what the tensors say; refuses what contradicts itself
+    to_packed(tensors, stored) -> Packed                    into wq's form
+    from_packed(packed, stored) -> tensors                  and back, bit for bit
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from wq.errors import CheckpointError
+from wq.scheme import PER_CHANNEL, Scheme
+
+Read = Callable[[str], Tensor]
+
+
+class Leaf(Protocol):
+    """What a header says of a tensor."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+
+class Packed(NamedTuple):
+    """A weight in the layout of `wq.layers.WqLinear`: the bit streams of compressed-tensors, and a column order.
+
+    permutation: int32 `[in]`, the input column of each stored column (act-order), or None when they are in order.
+    """
+
+    packed: Tensor
+    scale: Tensor
+    zero: Tensor | None
+    permutation: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What reading one layer takes, and writing the same bytes again.
+
+    format: a name in FORMATS. shape: of the weight, `(out, in)`. variant: which of its dialects. permuted: whether the
+    columns were quantized in another order than the input's.
+    """
+
+    format: str
+    scheme: Scheme
+    shape: tuple[int, int]
+    variant: str = ""
+    permuted: bool = False
+
+
+def expect(name: str, leaves: Mapping[str, Leaf], leaf: str, shape: tuple[int, ...], dtype: torch.dtype | None) -> None:
+    """Refuse a tensor of another shape or dtype (None: any of the float dtypes of scales). Raises CheckpointError."""
+    require(name, leaves, leaf)
+    entry = leaves[leaf]
+    if tuple(entry.shape) != shape:
+        raise CheckpointError(
+            f"{name}.{leaf} is {list(entry.shape)}; with the layer's other tensors it must be {list(shape)}. "
+            "The file does not fit this model's config."
+        )
+    allowed = (torch.float16, torch.bfloat16, torch.float32) if dtype is None else (dtype,)
+    if entry.dtype not in allowed:
+        raise CheckpointError(f"{name}.{leaf} is {entry.dtype}; it must be {' or '.join(map(str, allowed))}.")
+
+
+def require(name: str, leaves: Mapping[str, Leaf], *needed: str) -> None:
+    """Refuse a layer without one of its tensors. Raises CheckpointError."""
+    for leaf in needed:
+        if leaf not in leaves:
+            raise CheckpointError(f"{name}.{leaf} is missing. Download the checkpoint again.")
+
+
+def group_size(name: str, in_features: int, groups: int) -> int:
+    """The group size that so many groups mean. Raises CheckpointError when they do not divide the row."""
+    if groups < 1 or in_features % groups:
+        raise CheckpointError(f"{name}: {groups} groups do not divide in_features {in_features}.")
+    return PER_CHANNEL if groups == 1 else in_features // groups
+
+
+def scheme_of(bits: int, size: int, symmetric: bool, dtype: torch.dtype) -> Scheme:
+    """The scheme of a layer whose scales have that dtype."""
+    return Scheme(bits, size, symmetric, str(dtype).removeprefix("torch."))
+
+
+def column_order(name: str, g_idx: Tensor, in_features: int, groups: int) -> Tensor | None:
+    """The permutation that sorts columns by group, int32 `[in]`, or None when they are sorted already.
+
+    Raises CheckpointError for an index outside of the groups, and for groups of unequal size.
+    """
+    outside = (g_idx < 0) | (g_idx >= groups)
+    if outside.any():
+        column = int(outside.nonzero()[0])
+        raise CheckpointError(
+            f"{name}: column {column} is in group {int(g_idx[column])}; there are groups 0 to {groups - 1}. "
+            "The file is damaged, or not what it says."
+        )
+    sizes = torch.bincount(g_idx.long(), minlength=groups)
+    if (sizes != in_features // groups).any():
+        group = int((sizes != in_features // groups).nonzero()[0])
+        raise CheckpointError(
+            f"{name}: group {group} has {int(sizes[group])} columns; every group must have {in_features // groups}."
+        )
+    if bool((g_idx[1:] >= g_idx[:-1]).all()):
+        return None
+    return torch.argsort(g_idx.long(), stable=True).to(torch.int32)
+
+
+def group_index(permutation: Tensor | None, in_features: int, groups: int) -> Tensor:
+    """The inverse of `column_order`: int32 `[in]`, the group of each input column."""
+    sorted_groups = (torch.arange(in_features) // (in_features // groups)).to(torch.int32)
+    if permutation is None:
+        return sorted_groups
+    return torch.empty_like(sorted_groups).index_copy_(0, permutation.long().cpu(), sorted_groups)
+
+
+def declared(config: Mapping[str, Any] | None, name: str) -> Any:
+    """`name` in a config that may be anything."""
+    return config.get(name) if isinstance(config, Mapping) else None

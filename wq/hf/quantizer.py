@@ -1,0 +1,221 @@
+"""transformers' hooks: which layers become packed, what is loaded onto them, what is saved.
+
+What a layer is, is decided by the tensors that are in the shards, checked against the config, before a module is
+made. A tensor that is missing, left over or of the wrong shape is an error: transformers alone would fill it with
+random numbers and warn.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers.quantizers import HfQuantizer, register_quantizer
+
+from wq import formats
+from wq.checkpoint import Entry, read_header
+from wq.errors import CheckpointError, ModelError
+from wq.formats import compressed_tensors
+from wq.formats.stored import Packed, Stored
+from wq.hf import experts
+from wq.hf.config import METHOD, WqConfig
+from wq.hf.conversion import PARAMETERS, Dequantize, Quantize, Unpack, is_own, packed_like
+from wq.hf.inspection import LEAVES, inspect
+from wq.layers import WqLinear
+from wq.scheme import Scheme
+from wq.structure import auto_group_size, find_blocks, find_linears, patterns
+
+
+@register_quantizer(METHOD)
+class WqQuantizer(HfQuantizer):
+    """Loads dense and quantized repos onto `WqLinear` layers and packed experts."""
+
+    quantization_config: WqConfig
+    requires_calibration = False
+    # What a weight is stored as. transformers derives converters, and tensor-parallel plans, from this.
+    serialized_names = {"weight": ["weight", *LEAVES]}  # noqa: RUF012
+
+    def __init__(self, quantization_config: WqConfig, **kwargs: Any):
+        super().__init__(quantization_config, **kwargs)
+        self.schemes: dict[str, Scheme] = {}  # on load: the scheme of each module, or parameter of experts
+        self.fused: set[str] = set()  # those of them that are parameters of experts
+        self.stored: dict[str, Stored] = {}  # already quantized: how each module is stored
+        self.experts: dict[str, experts.Fused] = {}  # and each parameter of experts
+
+    # --- before the weights ---
+
+    def update_device_map(self, device_map: Any) -> Any:
+        """The current GPU when nothing else was asked for, as other quantizers do."""
+        if device_map is None and torch.accelerator.is_available():
+            return {"": torch.accelerator.current_device_index()}
+        return device_map
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> PreTrainedModel:
+        if self.pre_quantized:
+            self._prepare_packed(model, checkpoint_files or [])
+        else:
+            self._prepare_dense(model)
+        return model
+
+    def _prepare_dense(self, model: PreTrainedModel) -> None:
+        """Choose the layers to quantize on load; they turn into `WqLinear` one by one as their weights arrive."""
+        config = self.quantization_config
+        path, blocks = find_blocks(model, type(model).__name__)
+        keep = patterns(config.keep)
+        linears: dict[str, nn.Linear] = {}
+        for index, block in enumerate(blocks):
+            found = find_linears(block, f"{path}.{index}", keep)
+            linears |= {f"{path}.{index}.{name}": linear for name, linear in found.items()}
+        fused = experts.find(model, keep, config.bits)
+        sizes = {name: linear.in_features for name, linear in linears.items()}
+        sizes |= {name: projection.in_features for name, projection in fused.items()}
+        if not sizes:
+            raise ModelError(f"{type(model).__name__}: keep={list(config.keep)} leaves no layer to quantize.")
+        dtype = str(torch.get_default_dtype()).removeprefix("torch.")
+        size = auto_group_size(sizes) if config.group_size is None else config.group_size
+        scheme = Scheme(config.bits, size, config.symmetric, dtype)
+        for name, in_features in sizes.items():
+            scheme.groups(in_features, name)
+            self.schemes[name] = scheme
+        self.fused = set(fused)
+        dense = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n not in linears]
+        config.checkpoint = compressed_tensors.config(scheme, dense)
+
+    def _prepare_packed(self, model: PreTrainedModel, files: list[str]) -> None:
+        """Put an empty `WqLinear` wherever the shards hold a packed weight, after checking that they fit."""
+        entries: dict[str, Entry] = {}
+        for file in files:
+            entries |= read_header(Path(file))
+        with torch.device("cpu"):  # transformers is building its model on meta; the values read here are real
+            found = inspect(model, entries, self.quantization_config.checkpoint or {})
+        self.stored, self.experts = found.layers, found.experts
+        if self.quantization_config.dequantize:
+            return
+        for path, stored in self.stored.items():
+            dtype = getattr(torch, stored.scheme.scale_dtype)
+            dense = model.get_submodule(path)
+            model.set_submodule(path, packed_like(dense, stored.scheme, dtype, stored.permuted))
+        for parameter, entry in self.experts.items():
+            experts.make_room(model, parameter, entry.stored.scheme)
+        # Recomputed on save; as parameters, tensor parallelism would cut them up.
+        skipped = {r"weight_shape$", r"g_idx$", r"_proj_shape$"}
+        model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), *skipped}
+
+    # --- while they load ---
+
+    @property
+    def quantized_element_size(self) -> float | None:
+        """Bytes a weight takes once quantized on load; how `device_map="auto"` plans."""
+        scheme = next(iter(self.schemes.values()), None)
+        return None if self.pre_quantized or scheme is None else scheme.bits / 8
+
+    def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
+        if self.pre_quantized:
+            return False
+        module, _, leaf = param_name.rpartition(".")
+        return param_name in self.schemes or (leaf == "weight" and module in self.schemes)
+
+    def get_quantize_ops(self) -> ConversionOps:
+        return Quantize(self)
+
+    def get_load_operations(self) -> dict[str, type[ConversionOps]]:
+        return {"dequantize": Dequantize}
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
+        """Converters for what the shards hold, before the model's own."""
+        if not self.pre_quantized:
+            return list(weight_conversions)
+        if self.quantization_config.dequantize:
+            direct = experts.dequantizers(self, self.experts)
+            return [*direct, *super().update_weight_conversions(weight_conversions, model)]
+        merging = experts.converters(self, weight_conversions, self.experts)
+        return [*weight_conversions, *merging, *self.get_weight_conversions()]
+
+    def get_weight_conversions(self) -> list[WeightConverter]:
+        """Layers of other formats and dialects, one converter for a format. Plain packed tensors need none."""
+        if not self.pre_quantized or self.quantization_config.dequantize:
+            return list(super().get_weight_conversions())
+        foreign = {stored.format for stored in self.stored.values() if not compressed_tensors.is_plain(stored)}
+        return [
+            WeightConverter(list(formats.get(name).LEAVES), ["weight_packed"], [Unpack(self)])
+            for name in sorted(foreign - {"awq"} if "gptq" in foreign else foreign)  # awq's leaves are among gptq's
+        ]
+
+    # --- after ---
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        if self.pre_quantized and self.quantization_config.dequantize:
+            model._weight_conversions = None  # type: ignore[assignment]  # they read packed names
+            return model
+        packed = {
+            path: model.get_submodule(path) for path in (*self.schemes, *self.stored) if not self._is_experts(path)
+        }
+        for path, layer in packed.items():
+            if not isinstance(layer, WqLinear):
+                raise CheckpointError(f"{path}.weight was not in the checkpoint. Download it again.")
+            _require_loaded(path, layer)
+            layer.requires_grad_(False)  # the loader turns gradients on for every floating tensor
+            layer.prepare()  # what accelerate moves in and out is on no device now, and keeps the checkpoint's layout
+        fused = {name: self.schemes[name] for name in self.schemes if self._is_experts(name)}
+        on_load = tuple(fused)
+        fused |= {name: entry.stored.scheme for name, entry in self.experts.items()}
+        if fused:
+            experts.finish(model, fused)
+        used: Any = model._weight_conversions
+        kept = [converter for converter in used or () if not is_own(converter)]
+        model._weight_conversions = [*kept, *experts.converters_for_saving(kept, on_load)]  # type: ignore[assignment]
+        return model
+
+    def _is_experts(self, name: str) -> bool:
+        return name in self.experts or name in self.fused
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """The tensors of the checkpoint that the model came from, or those of a compressed-tensors one."""
+        state = model.state_dict()
+        for name, module in model.named_modules():
+            if isinstance(module, WqLinear):
+                values = Packed(*(state.pop(f"{name}.{parameter}", None) for parameter in PARAMETERS))
+                stored = self.stored.get(name) or Stored(
+                    "compressed-tensors", module.scheme, (module.out_features, module.in_features)
+                )
+                for leaf, tensor in formats.get(stored.format).from_packed(values, stored).items():
+                    state[f"{name}.{leaf}"] = tensor
+        experts.save(model, state, self.experts)
+        return state, {"format": "pt"}
+
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        for name, layer in list(model.named_modules()):
+            if isinstance(layer, WqLinear):
+                with torch.device("meta"):
+                    dense = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
+                dense.weight = nn.Parameter(layer.dequantize(dtype), requires_grad=False)
+                if layer.bias is not None:
+                    dense.bias = layer.bias
+                model.set_submodule(name, dense)
+        experts.dequantize(model, dtype)
+        return model
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Adapters on top train; the packed weights do not."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+def _require_loaded(path: str, module: nn.Module) -> None:
+    for name, parameter in module.named_parameters():
+        if not parameter.is_meta and not getattr(parameter, "_is_hf_initialized", False):
+            raise CheckpointError(f"{path}.{name} was not in the checkpoint. Download it again.")

@@ -1,0 +1,95 @@
+"""Who loads an already quantized repo: wq, or transformers' own backend.
+
+transformers has registries for quantizers, but what a repo's config and a user's become goes through
+`AutoHfQuantizer.merge_quantization_configs`, which only takes the class that the repo was written with. Importing this
+file wraps that one function, reversibly. An explicit `WqConfig` always means wq. Otherwise WQ_TAKEOVER decides:
+
+    missing (the default)   wq serves what the stock backend's packages are not installed for, where transformers
+                            would raise an ImportError
+    always                  wq serves every repo that it can read
+    never                   only an explicit `WqConfig` means wq
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from transformers.quantizers.auto import AutoHfQuantizer
+
+from wq.errors import SchemeError
+from wq.hf.config import WqConfig
+
+ENVIRONMENT = "WQ_TAKEOVER"
+POLICIES = ("missing", "always", "never")
+
+# What the stock loader of a method imports.
+_NEEDS = {
+    "gptq": ("optimum", "gptqmodel"),
+    "awq": ("gptqmodel",),
+    "compressed-tensors": ("compressed_tensors",),
+    "auto-round": ("auto_round",),
+    "intel/auto-round": ("auto_round",),
+}
+_found = AutoHfQuantizer.merge_quantization_configs.__func__  # type: ignore[attr-defined]
+_original = getattr(_found, "__wrapped__", _found)  # not the stand-in of `wq.autoload`
+
+
+@contextmanager
+def takeover(policy: str = "always") -> Iterator[None]:
+    """Within it, WQ_TAKEOVER is `policy`; `never` also makes transformers' function its own again.
+
+    Raises SchemeError for another policy.
+    """
+    _check(policy)
+    before = os.environ.get(ENVIRONMENT)
+    os.environ[ENVIRONMENT] = policy
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[ENVIRONMENT]
+        else:
+            os.environ[ENVIRONMENT] = before
+
+
+def serves(method: Any, chosen: Any) -> bool:
+    """Whether wq loads a repo quantized with `method`, for a user who passed the config `chosen`."""
+    if isinstance(chosen, WqConfig):
+        return True
+    policy = os.environ.get(ENVIRONMENT, POLICIES[0])
+    _check(policy)
+    if policy == "never" or method not in _NEEDS:
+        return False
+    return policy == "always" or any(importlib.util.find_spec(package) is None for package in _NEEDS[method])
+
+
+def install() -> None:
+    """Wrap `merge_quantization_configs`; does nothing when it is wrapped."""
+
+    def merge(cls: type, quantization_config: Any, quantization_config_from_args: Any) -> Any:
+        values = quantization_config if isinstance(quantization_config, dict) else quantization_config.to_dict()
+        if serves(values.get("quant_method"), quantization_config_from_args):
+            flag = quantization_config_from_args
+            if not isinstance(flag, WqConfig):  # a stock config's flags for loading that mean something here
+                flag = WqConfig(dequantize=bool(getattr(flag, "dequantize", False)))
+            return flag.bind(values)
+        return _original(cls, quantization_config, quantization_config_from_args)
+
+    AutoHfQuantizer.merge_quantization_configs = classmethod(merge)  # type: ignore[method-assign, assignment]
+
+
+def uninstall() -> None:
+    """transformers' own function again; `WqConfig` then works for dense repos only."""
+    AutoHfQuantizer.merge_quantization_configs = classmethod(_original)  # type: ignore[method-assign, assignment]
+
+
+def _check(policy: str) -> None:
+    if policy not in POLICIES:
+        raise SchemeError(f"{ENVIRONMENT} is {policy!r}; it must be one of {', '.join(POLICIES)}.")
+
+
+install()
