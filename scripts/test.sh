@@ -7,4 +7,4 @@ environment "[test]"
 .venv/bin/python -m ruff check .
 .venv/bin/python -m ruff format --check --quiet .
 .venv/bin/python -m mypy
-exec .venv/bin/python -m pytest "$@"
+exec .venv/bin/python -m pytest --numprocesses 2 --dist loadfile "$@"

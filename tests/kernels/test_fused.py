@@ -454,16 +454,7 @@ def test_many_rows_and_float32_are_multiplied_in_pieces_of_the_dense_weight(
     assert interpreted["dense"][str(case)]["problem"] == ""
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "x",
-        *(
-            pytest.param(name, marks=pytest.mark.xfail(strict=True, reason="the kernel takes it for contiguous"))
-            for name in STRIDED[1:]
-        ),
-    ],
-)
+@pytest.mark.parametrize("name", STRIDED)
 def test_a_tensor_that_is_not_contiguous_is_refused_or_read_as_what_it_is(
     interpreted: dict[str, Any], name: str
 ) -> None:

@@ -9,6 +9,10 @@ A format is a module with
     def config(scheme, dense) -> dict               the `quantization_config` of config.json; `dense` lists the modules
                                                     (on-disk names) that stay as they were
 
+and, to read and rewrite files of any origin (see `wq.formats.stored`),
+
+    LEAVES, inspect, to_packed, from_packed, convert_leaf
+
 Pure functions of tensors. `pack` never changes its input and works on meta tensors, which is how the pipeline knows
 every shape of a checkpoint before it computes one number.
 """

@@ -116,37 +116,39 @@ class Dequantize(_Operation):
     def convert(  # type: ignore[override]
         self, input_dict: dict[str, Any], full_layer_name: str, model: PreTrainedModel, **kwargs: Any
     ) -> dict[str, Any]:
+        dtype = model.get_parameter_or_buffer(full_layer_name).dtype
         fused = self.hf_quantizer.experts.get(full_layer_name)
         if fused is not None and fused.pieces:
-            return self._experts(input_dict, fused.stored)
+            return self._experts(input_dict, fused.stored, dtype)
         if fused is not None:
-            return {full_layer_name: self._direct(input_dict, fused.stored, experts.transposed(model, full_layer_name))}
+            return {
+                full_layer_name: self._direct(
+                    input_dict, fused.stored, dtype, experts.transposed(model, full_layer_name)
+                )
+            }
         tensors = single(input_dict)
         known = self.hf_quantizer.stored.get(full_layer_name.removesuffix(".weight"))
         if known is None and set(tensors) != {"weight"}:  # on their way to a merge, experts say; they are dense
             return input_dict
-        dtype = model.get_parameter_or_buffer(full_layer_name).dtype
         if known is None:
             return {full_layer_name: tensors["weight"].to(dtype)}
         return {full_layer_name: dense(read(tensors, known), known, dtype)}
 
-    def _direct(self, input_dict: dict[str, Any], stored: Stored, transposed: bool) -> Tensor:
+    def _direct(self, input_dict: dict[str, Any], stored: Stored, dtype: torch.dtype, transposed: bool) -> Tensor:
         """3-D packed tensors to a 3-D parameter."""
         names = {name: name.rpartition("_proj_")[2] for name in input_dict}
         stacks = {f"weight_{names[name]}": v[0] if isinstance(v, list) else v for name, v in input_dict.items()}
-        dtype = getattr(torch, stored.scheme.scale_dtype)
         count = len(next(iter(stacks.values())))
         each = [dense(read({leaf: t[e] for leaf, t in stacks.items()}, stored), stored, dtype) for e in range(count)]
         weight = torch.stack(each)
         return weight.transpose(1, 2).contiguous() if transposed else weight
 
-    def _experts(self, input_dict: dict[str, Any], stored: Stored) -> dict[str, list[Tensor]]:
+    def _experts(self, input_dict: dict[str, Any], stored: Stored, dtype: torch.dtype) -> dict[str, list[Tensor]]:
         """Lists of packed tensors, one for each pattern and expert, to lists of dense weights."""
         sources: dict[str, dict[str, list[Tensor]]] = {}
         for pattern, tensors in input_dict.items():
             prefix, _, leaf = pattern.rpartition(".")
             sources.setdefault(prefix, {})[leaf] = tensors
-        dtype = getattr(torch, stored.scheme.scale_dtype)
         made: dict[str, list[Tensor]] = {}
         for prefix, leaves in sources.items():
             count = len(next(iter(leaves.values())))

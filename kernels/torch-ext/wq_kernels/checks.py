@@ -44,6 +44,7 @@ def weight(
         _expect("scale", scale, (*lead, groups, rows), _FLOATS)
         one = zero is not None and zero.ndim == scale.ndim and zero.shape[-2] == 1
         _expect("zero", zero, (*lead, 1 if one else groups, rows), (torch.uint8,))
+        _contiguous(packed=packed, scale=scale, zero=zero)
     else:
         if groups < 1 or in_features % groups:
             raise ValueError(f"scale {_of(scale)}: {groups} groups do not divide {in_features} columns")
@@ -84,6 +85,7 @@ def linear(
         raise TypeError(f"x is {x.dtype}; it must be float16, bfloat16, float32 or float64")
     if bias is not None:
         _expect("bias", bias, (out_features,), _FLOATS)
+        _contiguous(bias=bias)
     if order is not None:
         _expect("permutation", order, (in_features,), (torch.int32, torch.int64))
         if order.device.type == "cpu":
@@ -116,6 +118,7 @@ def experts(
     _expect("expert_of_row", expert_of_row, (rows,), (torch.int32, torch.int64))
     if bias is not None:
         _expect("bias", bias, (count, out_features), _FLOATS)
+        _contiguous(bias=bias)
     same_device("x", x, packed=packed, bias=bias, expert_of_row=expert_of_row)
 
 
@@ -140,6 +143,14 @@ def _tensors(**values: object) -> None:
     for name, value in values.items():
         if not isinstance(value, Tensor):
             raise TypeError(f"{name} is {'absent' if value is None else type(value).__name__}; it must be a tensor")
+
+
+def _contiguous(**tensors: Tensor | None) -> None:
+    for name, tensor in tensors.items():
+        if tensor is not None and not tensor.is_contiguous():
+            raise ValueError(
+                f"{name} is not contiguous, strides {list(tensor.stride())}; the kernels take it as it lies"
+            )
 
 
 def _expect(name: str, tensor: Tensor | None, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> None:

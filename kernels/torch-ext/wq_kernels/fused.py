@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from . import configs, layout
+from .counters import arena
 from .counters import take as _counters
 from .dense import dequantize_tiles
 from .experts import expert_linear
@@ -142,11 +143,11 @@ def multiply_rows(
     splits = configs.split(device, config, out_features, m, blocks)
     y = torch.empty(m, out_features, dtype=x.dtype, device=x.device)
     partial = counters = y  # unused
-    if splits > 1:
-        places = tiles_m * tiles_n * splits * config.rows_n * config.rows_m
-        partial = torch.empty(places, dtype=torch.float32, device=x.device)
-        counters = _counters(x.device, tiles_m * tiles_n)
     with on(x.device):
+        if splits > 1:
+            places = tiles_m * tiles_n * splits * config.rows_n * config.rows_m
+            partial = torch.empty(places, dtype=torch.float32, device=x.device)
+            counters = _counters(x.device, tiles_m * tiles_n)
         _fused_kernel[tiles_m, tiles_n, splits](
             x,
             words,
@@ -199,6 +200,7 @@ def self_test(device: torch.device) -> str:
     if device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
         return f"{describe(device).architecture} is older than sm_80, the first with the matrix instructions it needs"
     bits, out_features, in_features = 4, 48, 256
+    arena(torch.empty(0, device=device).device)  # the counters: made here, so that no graph captures their zeroing
     generator = torch.Generator().manual_seed(0)
     words = torch.randint(-(2**31), 2**31, (2, out_features, layout.WORDS), generator=generator).to(torch.int32)
     scale = torch.rand(4, out_features, generator=generator).half()
