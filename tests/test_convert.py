@@ -82,7 +82,6 @@ def test_there_and_back_gives_the_bytes_it_came_from(
 
 REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
     "3 bits into awq": ({"bits": 3}, "awq", "holds 4 bits, not 3"),
-    "5 bits into gptq": ({"bits": 5}, "gptq", "gptq holds 2, 3, 4 or 8 bits, not 5"),
     "bfloat16 scales": ({"dtype": "bfloat16"}, "gptq", "scales are not exact in float16"),
 }
 

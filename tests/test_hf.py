@@ -223,8 +223,8 @@ def test_other_formats_are_refused_by_name(tiny_model: TinyModel, tmp_path: Path
 
 
 def test_values_no_scheme_has_are_refused_at_once() -> None:
-    with pytest.raises(SchemeError, match="bits is 9"):
-        WqConfig(bits=9)
+    with pytest.raises(SchemeError, match="bits is 7"):
+        WqConfig(bits=7)
 
 
 def test_a_group_size_that_does_not_fit_is_refused_by_layer(tiny_model: TinyModel) -> None:

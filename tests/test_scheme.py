@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 
 from wq.errors import GroupSizeError, SchemeError, WqError
-from wq.scheme import BITS, PER_CHANNEL, SCALE_DTYPES, Scheme
+from wq.scheme import BITS, PER_CHANNEL, SCALE_DTYPES, STORED_BITS, Scheme, check_quantizable
 
 NAN, INF = float("nan"), float("inf")
 
 
-@pytest.mark.parametrize("bits", [0, 1, 5, 16, -4, 10**9, True, "4", 4.0, NAN, None, [4]])
+@pytest.mark.parametrize("bits", [0, 1, 9, 16, -4, 10**9, True, "4", 4.0, NAN, None, [4]])
 def test_bits_that_no_checkpoint_stores_are_refused_with_the_value_and_a_remedy(bits: Any) -> None:
     with pytest.raises(SchemeError, match=re.escape(repr(bits))) as caught:
         Scheme(bits=bits)
@@ -43,9 +43,9 @@ def test_scale_dtypes_that_are_not_stored_are_refused(dtype: Any) -> None:
 
 def test_a_scheme_error_is_caught_as_a_wq_error_and_as_a_value_error() -> None:
     with pytest.raises(WqError):
-        Scheme(bits=5)
+        Scheme(bits=9)
     with pytest.raises(ValueError, match="bits is 5"):
-        Scheme(bits=5)
+        Scheme(bits=9)
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,7 @@ def test_unknown_keys_and_bad_values_are_refused_by_from_dict() -> None:
     with pytest.raises(SchemeError, match="desc_act"):
         Scheme.from_dict({"bits": 4, "desc_act": True})
     with pytest.raises(SchemeError, match="bits is 7"):
-        Scheme.from_dict({"bits": 7})
+        Scheme.from_dict({"bits": 9})
 
 
 def test_a_scheme_is_frozen_and_can_key_a_dict() -> None:
@@ -111,3 +111,13 @@ def test_bits_per_weight_count_scales_and_zero_points(scheme: Scheme, in_feature
 @pytest.mark.parametrize("bits", BITS)
 def test_the_midpoint_halves_the_levels(bits: int) -> None:
     assert Scheme(bits).levels == 2**bits == 2 * Scheme(bits).midpoint
+
+
+@pytest.mark.parametrize("bits", STORED_BITS)
+def test_every_stored_width_is_a_scheme_and_some_are_only_read(bits: int) -> None:
+    assert Scheme(bits=bits).levels == 2**bits
+    if bits in BITS:
+        check_quantizable(bits)
+    else:
+        with pytest.raises(SchemeError, match=f"bits is {bits}; wq quantizes to 2, 3, 4, 8"):
+            check_quantizable(bits)

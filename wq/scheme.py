@@ -7,9 +7,17 @@ from typing import Any
 
 from wq.errors import GroupSizeError, SchemeError
 
-BITS = (2, 3, 4, 5, 6, 7, 8)
+BITS = (2, 3, 4, 8)  # what wq quantizes to
+STORED_BITS = tuple(range(2, 9))  # what it reads
 SCALE_DTYPES = ("float16", "bfloat16", "float32")
 PER_CHANNEL = -1
+
+
+def check_quantizable(bits: int) -> None:
+    """Raise SchemeError for a width that is read but not made: its grids are not searched as well as the others."""
+    if bits not in BITS:
+        known = ", ".join(map(str, BITS))
+        raise SchemeError(f"bits is {bits!r}; wq quantizes to {known} bits. Use --bits 4.")
 
 
 @dataclass(frozen=True)
@@ -30,8 +38,8 @@ class Scheme:
     scale_dtype: str = "float16"
 
     def __post_init__(self) -> None:
-        if type(self.bits) is not int or self.bits not in BITS:
-            raise SchemeError(f"bits is {self.bits!r}; wq stores 2 to 8 bits. Use --bits 4.")
+        if type(self.bits) is not int or self.bits not in STORED_BITS:
+            raise SchemeError(f"bits is {self.bits!r}; wq reads 2 to 8 bits. Use --bits 4.")
         if type(self.group_size) is not int or (self.group_size != PER_CHANNEL and not 1 < self.group_size <= 2**20):
             raise SchemeError(
                 f"group size is {self.group_size!r}; it must be a whole number from 2 to {2**20}, or -1 for one scale "

@@ -195,7 +195,7 @@ def _empty_file(tmp_path: Path) -> str:
 
 BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "group size": ({"group_size": 48}, errors.GroupSizeError, r"q_proj.*in_features 64.*group size 48.*--group 64"),
-    "bits": ({"bits": 9}, errors.SchemeError, "bits is 9"),
+    "bits": ({"bits": 5}, errors.SchemeError, "bits is 5"),
     "method": ({"method": "magic"}, errors.UnknownNameError, "'magic'.*awq, gptq, rtn"),
     "format": ({"format": "gguf"}, errors.UnknownNameError, "'gguf'.*compressed-tensors"),
     "awq with 3 bits": ({"format": "awq", "bits": 3}, errors.FormatError, "4 bits, not 3"),

@@ -22,7 +22,7 @@ from torch import Tensor
 from wq.errors import CheckpointError
 from wq.formats import bits, stored
 from wq.formats.stored import Leaf, Packed, Read, Stored
-from wq.scheme import BITS, PER_CHANNEL, Scheme
+from wq.scheme import PER_CHANNEL, STORED_BITS, Scheme
 from wq.solvers import Solution
 
 QUANT_METHOD = "compressed-tensors"
@@ -181,10 +181,10 @@ def _names(target: Any, name: str) -> bool:
 
 def _width(words: int, in_features: int, widths: set[int], name: str) -> tuple[int, str]:
     """Bits for each weight, and the dialect."""
-    for width in sorted(widths & set(BITS)) if widths else BITS:
+    for width in sorted(widths & set(STORED_BITS)) if widths else STORED_BITS:
         if words == bits.words(in_features, width):
             return width, ""
-    for width in sorted(widths & set(BITS)):
+    for width in sorted(widths & set(STORED_BITS)):
         if words == _aligned_words(in_features, width):
             return width, "aligned"
     says = f"config.json says {sorted(widths)}" if widths else "2 to 8 are possible"

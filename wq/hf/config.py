@@ -9,7 +9,7 @@ from transformers.quantizers import register_quantization_config
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from wq.errors import FormatError
-from wq.scheme import PER_CHANNEL, Scheme
+from wq.scheme import PER_CHANNEL, Scheme, check_quantizable
 
 METHOD = "wq"  # the name in transformers' registries; never written to a checkpoint
 
@@ -33,6 +33,7 @@ class WqConfig(QuantizationConfigMixin):
         keep: Iterable[str] = (),
         dequantize: bool = False,
     ):
+        check_quantizable(bits)
         Scheme(bits, PER_CHANNEL if group_size is None else group_size, symmetric)  # refuse bad values here and now
         self.quant_method = METHOD  # type: ignore[assignment]
         self.bits, self.group_size, self.symmetric = bits, group_size, symmetric

@@ -36,7 +36,7 @@ from wq.pipeline import calibration as calibration_text
 from wq.pipeline import folding
 from wq.pipeline.plan import Layer, Plan, make_plan
 from wq.pipeline.source import Source, open_source
-from wq.scheme import Scheme
+from wq.scheme import Scheme, check_quantizable
 from wq.solvers import Solution, rtn
 
 _BATCH_TOKENS = 4096  # enough rows for full-speed matrix products, few enough for small activations
@@ -79,6 +79,7 @@ def quantize(
     """
     started = time.perf_counter()
     solver, fmt = solvers.get(method), formats.get(format)
+    check_quantizable(bits)
     scheme = Scheme(bits, -1 if group_size is None else group_size, symmetric)
     check_output(Path(output), overwrite)
     keep_memory_tight()
