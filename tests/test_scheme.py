@@ -44,7 +44,7 @@ def test_scale_dtypes_that_are_not_stored_are_refused(dtype: Any) -> None:
 def test_a_scheme_error_is_caught_as_a_wq_error_and_as_a_value_error() -> None:
     with pytest.raises(WqError):
         Scheme(bits=9)
-    with pytest.raises(ValueError, match="bits is 5"):
+    with pytest.raises(ValueError, match="bits is 9"):
         Scheme(bits=9)
 
 
@@ -61,7 +61,7 @@ def test_a_scheme_survives_json(bits: int, group: int, symmetric: bool, dtype: s
 def test_unknown_keys_and_bad_values_are_refused_by_from_dict() -> None:
     with pytest.raises(SchemeError, match="desc_act"):
         Scheme.from_dict({"bits": 4, "desc_act": True})
-    with pytest.raises(SchemeError, match="bits is 7"):
+    with pytest.raises(SchemeError, match="bits is 9"):
         Scheme.from_dict({"bits": 9})
 
 
