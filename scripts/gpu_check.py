@@ -40,7 +40,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels" / "torch-
 import gpu_timing as timing
 import torch
 import triton
-from gpu_timing import HALF, Job, Machine, Row, Session, reason, short
+from gpu_timing import HALF, Bench, Job, Machine, Row, reason, short
 from torch import Tensor
 
 import wq_kernels
@@ -273,13 +273,13 @@ CHECKS = {
 }
 
 
-def correctness(session: Session, shard: int = 0, shards: int = 1) -> Iterator[Job]:
+def correctness(bench: Bench, shard: int = 0, shards: int = 1) -> Iterator[Job]:
     """A share of the cases; those that run the same code stay together."""
     keys: dict[Any, int] = {}
-    for case in cases(session.machine):
-        place = keys.setdefault(binary(session.machine, case), len(keys))
+    for case in cases(bench.machine):
+        place = keys.setdefault(binary(bench.machine, case), len(keys))
         if place % shards == shard:
-            yield case.name, partial(CHECKS[case.kernel], session.machine, case)
+            yield case.name, partial(CHECKS[case.kernel], bench.machine, case)
 
 
 # --- races ---
@@ -287,8 +287,8 @@ def correctness(session: Session, shard: int = 0, shards: int = 1) -> Iterator[J
 RACES = ((128, 16384, 1), (4096, 4096, 1), (1024, 8192, 16), (2048, 14336, 48))  # out, in, rows: columns are split
 
 
-def races(session: Session) -> Iterator[Job]:
-    machine = session.machine
+def races(bench: Bench) -> Iterator[Job]:
+    machine = bench.machine
     shapes, launches = (((32, 1024, 2),), 8) if machine.dry else (RACES, 10_000)
     for n, k, m in shapes:
         for dtype in HALF[:1] if machine.dry else HALF:
@@ -424,16 +424,16 @@ def work(options: argparse.Namespace) -> int:
 
         write(about=timing.about(machine))
         for name in options.section:
-            session = Session(machine, options.deadline)
+            bench = Bench(machine, options.deadline)
             split = {"shard": options.shard, "shards": options.shards} if name == "correctness" else {}
-            for job, run in SECTIONS[name](session, **split):
-                write(section=name, case=job, **attempt(session, run))
+            for job, run in SECTIONS[name](bench, **split):
+                write(section=name, case=job, **attempt(bench, run))
     return 0
 
 
-def attempt(session: Session, run: Callable[[], Row]) -> Row:
+def attempt(bench: Bench, run: Callable[[], Row]) -> Row:
     """A job's row; what it raised; or that there was no time for it."""
-    if not session.in_time():
+    if not bench.in_time():
         return {"cut": True}
     try:
         return run()

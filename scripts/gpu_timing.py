@@ -173,7 +173,7 @@ Machine = Gpu | Dry
 
 
 @dataclass(frozen=True)
-class Session:
+class Bench:
     """What a section is given."""
 
     machine: Machine
@@ -436,9 +436,9 @@ PEER_ROWS = (1, 16, 32, 64, 128, 256, 1024)
 VARIANTS = ((torch.bfloat16, True), (torch.float16, False), (torch.bfloat16, False))  # dtype, symmetric
 
 
-def speed(session: Session) -> Iterator[Job]:
+def speed(bench: Bench) -> Iterator[Job]:
     """In the order of what one wants to know first."""
-    machine = session.machine
+    machine = bench.machine
     if machine.dry:
         squares, models, rows, few, peer_rows = ((128, 256),), ((64, 128),), (1, 20, 260), (1, 20), (1, 4)
     else:
@@ -450,10 +450,10 @@ def speed(session: Session) -> Iterator[Job]:
     for n, k in squares[:2]:
         yield from (packed_job(machine, n, k, m, *kind) for kind in VARIANTS for m in few)
     *quick, slow = PEERS
-    yield from (peer_job(session, name, n, k, peer_rows) for name in quick for n, k in squares)
+    yield from (peer_job(bench, name, n, k, peer_rows) for name in quick for n, k in squares)
     yield from (packed_job(machine, n, k, m) for n, k in models for m in few)
     yield from (packed_job(machine, n, k, m) for n, k in models for m in rows if m not in few)
-    yield from (peer_job(session, slow, n, k, peer_rows) for n, k in squares)
+    yield from (peer_job(bench, slow, n, k, peer_rows) for n, k in squares)
 
 
 def copy_bandwidth(machine: Machine) -> Row:
@@ -493,18 +493,18 @@ def packed_row(machine: Machine, n: int, k: int, m: int, dtype: torch.dtype, sym
     return {"kind": "packed", **what, **times, "speedup": dense.seconds / taken.seconds}
 
 
-def peer_job(session: Session, name: str, n: int, k: int, rows: tuple[int, ...]) -> Job:
-    return f"{name} {n}x{k}", partial(peer_row, session, name, n, k, rows)
+def peer_job(bench: Bench, name: str, n: int, k: int, rows: tuple[int, ...]) -> Job:
+    return f"{name} {n}x{k}", partial(peer_row, bench, name, n, k, rows)
 
 
-def peer_row(session: Session, name: str, n: int, k: int, rows: tuple[int, ...]) -> Row:
+def peer_row(bench: Bench, name: str, n: int, k: int, rows: tuple[int, ...]) -> Row:
     """Somebody else's kernel; `absent` says why there is none."""
     what = {"kind": "peer", "peer": name, "n": n, "k": k}
     try:
-        seconds = time_peer(session.machine, name, n, k, rows, session.in_time)
+        seconds = time_peer(bench.machine, name, n, k, rows, bench.in_time)
     except Exception as error:
         return {**what, "absent": reason(error)}
-    dense = {m: time_dense(session.machine, n, k, m).seconds for m in rows}
+    dense = {m: time_dense(bench.machine, n, k, m).seconds for m in rows}
     speedups = {m: dense[int(m)] / s for m, s in seconds.items() if isinstance(s, float)}
     return {**what, "seconds": seconds, "speedup": speedups}
 
@@ -515,8 +515,8 @@ MIXTURES = (("Mixtral", 8, 14336, 4096, 2), ("Qwen3-MoE", 128, 768, 2048, 8))  #
 TOKENS = (1, 8, 64, 4, 16, 32, 2)
 
 
-def mixtures(session: Session) -> Iterator[Job]:
-    machine = session.machine
+def mixtures(bench: Bench) -> Iterator[Job]:
+    machine = bench.machine
     shapes = (("tiny", 4, 32, 128, 2),) if machine.dry else MIXTURES
     for name, count, n, k, chosen in shapes:
         for tokens in (1, 3) if machine.dry else TOKENS:
@@ -597,9 +597,9 @@ TINY = {
 }
 
 
-def end_to_end(session: Session) -> Iterator[Job]:
+def end_to_end(bench: Bench) -> Iterator[Job]:
     """The dense model first; then its linear layers are replaced, in place."""
-    machine, made = session.machine, {}
+    machine, made = bench.machine, {}
     yield "build", partial(build, machine, made)
     for how in ("eager", "compiled"):
         yield f"bf16 {how}", partial(generation, machine, made, how == "compiled")

@@ -190,7 +190,7 @@ def test_a_process_that_hangs_or_dies_is_a_problem_of_the_section_it_was_in(chec
 
 
 def test_jobs_after_the_deadline_are_cut_off(check: ModuleType) -> None:
-    late = check.Session(None, time.time() - 1)
+    late = check.Bench(None, time.time() - 1)
     assert check.attempt(late, lambda: pytest.fail("it ran")) == {"cut": True}
 
 
@@ -249,9 +249,9 @@ def shard_of(check: ModuleType, cases: list[Any], shard: int, shards: int) -> li
     class Machine:
         dry, device = False, torch.device("cuda", 0)
 
-    session = check.Session(Machine(), time.time() + 60)
-    names = {name for name, _ in check.correctness(session, shard, shards)}
-    runs = [run for _, run in check.correctness(session, shard, shards)]
+    bench = check.Bench(Machine(), time.time() + 60)
+    names = {name for name, _ in check.correctness(bench, shard, shards)}
+    runs = [run for _, run in check.correctness(bench, shard, shards)]
     assert len(runs) >= len(names)
     return [run.args[1] for run in runs if run.args[1] in cases]
 
