@@ -84,11 +84,12 @@ def inspect(
     scales = leaves["scales"]
     groups = scales.shape[0] if scales.shape else 0
     size = stored.group_size(name, in_features, groups)
+    stored.agree(name, "bits", 4, stored.declared_values(config, "bits"))
     stored.expect(name, leaves, "qweight", (in_features, out_features // 8), torch.int32)
     stored.expect(name, leaves, "scales", (groups, out_features), None)
     stored.expect(name, leaves, "qzeros", (groups, out_features // 8), torch.int32)
     symmetric = bool((_unpack(read("qzeros")) == 8).all())
-    return Stored("awq", stored.scheme_of(4, size, symmetric, scales.dtype), shape)
+    return Stored("awq", stored.scheme_of(name, 4, size, symmetric, scales.dtype), shape)
 
 
 def to_packed(tensors: dict[str, Tensor], info: Stored) -> Packed:

@@ -92,12 +92,20 @@ def inspect(
     stored.require(name, leaves, "weight_packed", "weight_scale")
     out_features, in_features = shape
     packed, scale = leaves["weight_packed"], leaves["weight_scale"]
-    width, variant = _width(packed.shape[-1] if packed.shape else 0, in_features, declared_bits(config, name), name)
+    said = declared_weights(config, name)
+    width, variant = _width(packed.shape[-1] if packed.shape else 0, in_features, _numbers(said, "num_bits"), name)
     groups = scale.shape[-1] if len(scale.shape) == 2 else 0
     size = stored.group_size(name, in_features, groups)
     count = _aligned_words if variant else bits.words
     stored.expect(name, leaves, "weight_packed", (out_features, count(in_features, width)), torch.int32)
     stored.expect(name, leaves, "weight_scale", (out_features, groups), None)
+    stored.agree(name, "groups of", size, {n for n in _numbers(said, "group_size") if n > 0} if groups > 1 else set())
+    if said and all(weights.get("symmetric") is False for weights in said):
+        stored.require(name, leaves, "weight_zero_point")
+    if said and all(weights.get("actorder") in ("group", "dynamic") for weights in said):
+        stored.require(name, leaves, "weight_g_idx")
+    if "weight_shape" in leaves and read("weight_shape").flatten().tolist() != list(shape):
+        raise CheckpointError(f"{name}.weight_shape is {read('weight_shape').tolist()}; the layer is {list(shape)}.")
     symmetric = "weight_zero_point" not in leaves
     if not symmetric:
         stored.expect(name, leaves, "weight_zero_point", (count(out_features, width), groups), torch.int32)
@@ -106,7 +114,7 @@ def inspect(
         stored.expect(name, leaves, "weight_g_idx", (in_features,), torch.int32)
         permuted = stored.column_order(name, read("weight_g_idx"), in_features, groups) is not None
         variant = f"{variant} with g_idx".strip()
-    scheme = stored.scheme_of(width, size, symmetric, scale.dtype)
+    scheme = stored.scheme_of(name, width, size, symmetric, scale.dtype)
     return Stored("compressed-tensors", scheme, shape, variant, permuted)
 
 
@@ -154,18 +162,21 @@ def is_plain(info: Stored) -> bool:
     return info.format == "compressed-tensors" and "aligned" not in info.variant and not info.permuted
 
 
-def declared_bits(config: Mapping[str, Any] | None, name: str) -> set[int]:
-    """The widths that a config gives the layer `name`: those of the group that names it, else those of all groups."""
+def declared_weights(config: Mapping[str, Any] | None, name: str) -> list[Mapping[str, Any]]:
+    """What a config says of the layer's weights: in the groups that name it, else in those that name only classes."""
     groups = stored.declared(config, "config_groups")
-    named: set[int] = set()
-    general: set[int] = set()
+    named: list[Mapping[str, Any]] = []
+    general: list[Mapping[str, Any]] = []
     for group in groups.values() if isinstance(groups, Mapping) else ():
-        width = stored.declared(stored.declared(group, "weights"), "num_bits")
-        if type(width) is not int:
-            continue
-        targets = stored.declared(group, "targets") or ()
-        (named if any(_names(target, name) for target in targets) else general).add(width)
+        weights, targets = stored.declared(group, "weights"), stored.declared(group, "targets")
+        if isinstance(weights, Mapping):
+            ours = isinstance(targets, (list, tuple)) and any(_names(target, name) for target in targets)
+            (named if ours else general).append(weights)
     return named or general
+
+
+def _numbers(weights: list[Mapping[str, Any]], key: str) -> set[int]:
+    return {group[key] for group in weights if type(group.get(key)) is int}
 
 
 def _names(target: Any, name: str) -> bool:
@@ -175,7 +186,7 @@ def _names(target: Any, name: str) -> bool:
         return name == target or name.endswith(f".{target}")
     try:
         return re.match(target.removeprefix("re:"), name) is not None
-    except re.error:
+    except (re.error, OverflowError, RecursionError):
         return False
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from wq.errors import CheckpointError, FormatError
 from wq.formats import bits, stored
 from wq.formats.stored import Leaf, Packed, Read, Stored
-from wq.scheme import Scheme
+from wq.scheme import PER_CHANNEL, Scheme
 from wq.solvers import Solution
 
 QUANT_METHOD = "gptq"
@@ -105,6 +105,11 @@ def inspect(
     stored.expect(name, leaves, "qweight", (bits.words(in_features, width), out_features), torch.int32)
     stored.expect(name, leaves, "scales", (groups, out_features), None)
     stored.expect(name, leaves, "qzeros", (groups, bits.words(out_features, width)), torch.int32)
+    stored.agree(name, "bits", width, stored.declared_values(config, "bits"))
+    if size != PER_CHANNEL:
+        stored.agree(name, "groups of", size, stored.declared_values(config, "group_size"))
+    if stored.declared(config, "desc_act") is True and groups > 1:
+        stored.require(name, leaves, "g_idx")
     permuted = False
     if "g_idx" in leaves:
         stored.expect(name, leaves, "g_idx", (in_features,), torch.int32)
@@ -113,7 +118,7 @@ def inspect(
     zero = _zero_points(read("qzeros"), width, out_features, version)
     symmetric = bool((zero == 1 << (width - 1)).all())
     variant = version if "g_idx" in leaves else f"{version} without g_idx"
-    return Stored("gptq", stored.scheme_of(width, size, symmetric, scales.dtype), shape, variant, permuted)
+    return Stored("gptq", stored.scheme_of(name, width, size, symmetric, scales.dtype), shape, variant, permuted)
 
 
 def to_packed(tensors: dict[str, Tensor], info: Stored) -> Packed:

@@ -87,8 +87,26 @@ def group_size(name: str, in_features: int, groups: int) -> int:
     return PER_CHANNEL if groups == 1 else in_features // groups
 
 
-def scheme_of(bits: int, size: int, symmetric: bool, dtype: torch.dtype) -> Scheme:
-    """The scheme of a layer whose scales have that dtype."""
+def agree(name: str, what: str, found: int, said: set[int]) -> None:
+    """Refuse a value that tensors have and no part of the config says; an empty set says nothing."""
+    if said and found not in said:
+        raise CheckpointError(f"{name}: its tensors hold {what} {found}; config.json says {sorted(said)}.")
+
+
+def declared_values(config: Mapping[str, Any] | None, key: str) -> set[int]:
+    """The whole numbers that a config gives `key`: for all layers, and for single ones (`dynamic`, `extra_config`)."""
+    places = [config]
+    for single in ("dynamic", "extra_config"):
+        found = declared(config, single)
+        places += list(found.values()) if isinstance(found, Mapping) else []
+    values = {declared(place, key) for place in places if isinstance(declared(place, key), int)}
+    return {value for value in values if type(value) is int} if declared(config, key) is not None else set()
+
+
+def scheme_of(name: str, bits: int, size: int, symmetric: bool, dtype: torch.dtype) -> Scheme:
+    """The scheme of a layer whose scales have that dtype. Raises CheckpointError for groups of one column."""
+    if size == 1:
+        raise CheckpointError(f"{name}: its groups have one column each; wq has no such scheme.")
     return Scheme(bits, size, symmetric, str(dtype).removeprefix("torch."))
 
 

@@ -60,15 +60,21 @@ class WqConfig(QuantizationConfigMixin):
     def bind(self, checkpoint: Any) -> WqConfig:
         """This flag for a repo whose config says `checkpoint`. Raises FormatError for a format wq does not read."""
         values = checkpoint if isinstance(checkpoint, dict) else checkpoint.to_dict()
-        method, layout = values.get("quant_method"), values.get("format")
-        packing = str(values.get("packing_format") or "auto_round")
-        readable = method in READ and (method != READ[0] or layout == "pack-quantized")
-        if not readable or (method in READ[3:] and not packing.startswith("auto_round")) or "fp" in packing:
+        method, layout = values.get("quant_method"), values.get("format") or values.get("packing_format")
+        if not readable(values):
             raise FormatError(
-                f"this repo is quantized as {method}{f' {layout or packing}' if layout or 'fp' in packing else ''}; wq "
+                f"this repo is quantized as {method}{f' {layout}' if layout else ''}; wq "
                 "loads gptq, awq, auto-round and compressed-tensors pack-quantized. Leave quantization_config out to "
                 "use the repo's own loader."
             )
         bound = WqConfig(self.bits, self.group_size, self.symmetric, self.keep, self.dequantize)
         bound.checkpoint = dict(values)
         return bound
+
+
+def readable(values: dict[str, Any]) -> bool:
+    """Whether wq loads a repo with this `quantization_config`."""
+    method, packing = values.get("quant_method"), str(values.get("packing_format") or "auto_round")
+    if method == "compressed-tensors":
+        return values.get("format") == "pack-quantized"
+    return method in READ and packing.startswith("auto_round") and "fp" not in packing and "fake" not in packing

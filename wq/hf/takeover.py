@@ -21,7 +21,7 @@ from typing import Any
 from transformers.quantizers.auto import AutoHfQuantizer
 
 from wq.errors import SchemeError
-from wq.hf.config import WqConfig
+from wq.hf.config import WqConfig, readable
 
 ENVIRONMENT = "WQ_TAKEOVER"
 POLICIES = ("missing", "always", "never")
@@ -40,7 +40,7 @@ _original = getattr(_found, "__wrapped__", _found)  # not the stand-in of `wq.au
 
 @contextmanager
 def takeover(policy: str = "always") -> Iterator[None]:
-    """Within it, WQ_TAKEOVER is `policy`; `never` also makes transformers' function its own again.
+    """Within it, WQ_TAKEOVER is `policy`.
 
     Raises SchemeError for another policy.
     """
@@ -72,8 +72,8 @@ def install() -> None:
 
     def merge(cls: type, quantization_config: Any, quantization_config_from_args: Any) -> Any:
         values = quantization_config if isinstance(quantization_config, dict) else quantization_config.to_dict()
-        if serves(values.get("quant_method"), quantization_config_from_args):
-            flag = quantization_config_from_args
+        flag = quantization_config_from_args
+        if isinstance(flag, WqConfig) or (serves(values.get("quant_method"), flag) and readable(values)):
             if not isinstance(flag, WqConfig):  # a stock config's flags for loading that mean something here
                 flag = WqConfig(dequantize=bool(getattr(flag, "dequantize", False)))
             return flag.bind(values)
