@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -151,8 +152,6 @@ def test_experts_stay_dense_when_told_or_when_no_kernel_takes_their_bits(dense: 
 
 def rewritten(folder: Path, output: Path, format: str, symmetric: bool) -> Path:
     """A compressed-tensors checkpoint as gptq or awq."""
-    import json
-
     output.mkdir()
     for file in folder.iterdir():
         (output / file.name).write_bytes(file.read_bytes())
@@ -219,3 +218,22 @@ def test_a_damaged_expert_is_refused_by_name(damage: str, dense: Callable[[str],
     save_file(tensors, tmp_path / "out" / "model.safetensors", {"format": "pt"})
     with pytest.raises(CheckpointError, match=message):
         load(tmp_path / "out")
+
+
+def test_experts_that_no_kernel_takes_load_dense_as_the_refusal_says(
+    dense: Callable[[str], Path], tmp_path: Path
+) -> None:
+    load(dense("mixtral"), group_size=32).save_pretrained(tmp_path / "out")
+    tensors = tensors_of(tmp_path / "out")
+    for key in [key for key in tensors if ".experts." in key and key.endswith("weight_scale")]:  # groups of 16
+        tensors[key] = tensors[key].repeat_interleave(2, 1).contiguous()
+    save_file(tensors, tmp_path / "out" / "model.safetensors", {"format": "pt"})
+    file = tmp_path / "out" / "config.json"
+    config = json.loads(file.read_text())
+    config["quantization_config"]["config_groups"]["group_0"]["weights"].pop("group_size")
+    file.write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"groups of 16. Load it with WqConfig\(dequantize=True\)"):
+        load(tmp_path / "out")
+    plain = load(tmp_path / "out", dequantize=True)
+    assert not expert_weights(plain)
+    torch.testing.assert_close(logits(plain), logits(load(dense("mixtral"), group_size=32)), rtol=1e-4, atol=1e-5)

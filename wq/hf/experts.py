@@ -127,7 +127,6 @@ def common(model: PreTrainedModel, target: str, pieces: Mapping[str, Stored]) ->
     stored = first[1]
     if stored.permuted:
         raise CheckpointError(f"{first[0]}: experts with their columns in another order (act-order) are not supported.")
-    _check_tiles(target, stored.scheme, whole)
     order = _source_names(model, target)
     table: list[dict[int, str]] = [{} for _ in order]
     for prefix in pieces:
@@ -160,7 +159,6 @@ def inspect_direct(model: nn.Module, target: str, leaves: Mapping[str, Entry]) -
             raise CheckpointError(f"{target}_{leaf} is for {entry.shape[0]} experts; the model has {whole.experts}.")
     shape = (whole.out_features, whole.in_features)
     stored = compressed_tensors.inspect(flat, shape, None, partial(_no_values, target), target)
-    _check_tiles(target, stored.scheme, whole)
     return Fused(stored, ())
 
 
@@ -200,6 +198,7 @@ def make_room(model: nn.Module, target: str, scheme: Scheme) -> None:
     path, _, name = target.rpartition(".")
     module: Any = model.get_submodule(path)
     shape = projection(module, name)
+    _check_tiles(target, scheme, shape)
     groups = scheme.groups(shape.in_features, target)
     rows = shape.out_features
     sizes = {
