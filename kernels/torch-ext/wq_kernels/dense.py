@@ -1,7 +1,8 @@
 """Triton kernels that write a packed weight out as a dense one, from the checkpoint's layout and from the tiled one.
 
-One program dequantizes a tile of rows and columns: each packed word is read once and each weight written once, where
-plain torch moves the codes several times over. As a backend, `linear` dequantizes and hands over to the library's
+One program dequantizes a tile of rows and columns: each packed word is read once (3-bit values, which straddle words,
+are looked up one by one in the cache) and each weight written once, where plain torch moves the codes several times
+over. As a backend, `linear` dequantizes and hands over to the library's
 product; it is the way for what the fused kernel does not take: 3 bits, whose values straddle words, and odd groups.
 """
 
@@ -64,7 +65,13 @@ def _dequantize_kernel(  # type: ignore[no-untyped-def]
     n = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
     k = (tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)).to(tl.int64)[None, :]
     inside = (n < N) & (k < K)
-    code = _value(packed_ptr + n * words, k, 1, words, inside, BITS) & MASK
+    if 32 % BITS == 0:  # a word holds whole values: each is loaded once and spread out
+        PER_WORD: tl.constexpr = 32 // BITS
+        w = tl.program_id(1) * (COLUMNS // PER_WORD) + tl.arange(0, COLUMNS // PER_WORD)[None, :]
+        word = tl.load(packed_ptr + n * words + w, mask=(n < N) & (w < words), other=0)
+        code = tl.reshape(word[:, :, None] >> (tl.arange(0, PER_WORD) * BITS)[None, None, :], (ROWS, COLUMNS)) & MASK
+    else:
+        code = _value(packed_ptr + n * words, k, 1, words, inside, BITS) & MASK
     group = k // group_size
     scale = tl.load(scale_ptr + n * groups + group, mask=inside, other=0.0).to(tl.float32)
     if SYMMETRIC:
