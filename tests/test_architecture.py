@@ -47,7 +47,7 @@ MAX_LINES, MAX_KERNEL_LINES = 60, 120  # a kernel is one function, and a third o
 
 PACKAGE = "kernels/torch-ext/wq_kernels/"
 WITH_TRITON = ("dense", "experts", "fused", "inner", "tune")
-WITHOUT_TRITON = ("checks", "configs", "counters", "dispatch", "layout", "reference", "registry", "target")
+WITHOUT_TRITON = ("checks", "configs", "counters", "dispatch", "layout", "reference", "registry", "stream", "target")
 
 
 class Import(NamedTuple):
@@ -79,8 +79,9 @@ def _imports(node: ast.AST, at_top: bool) -> Iterator[Import]:
 
 def _submodule(base: str, name: str) -> str:
     """`from wq import grid` imports wq.grid; `from wq.grid import x` does not import wq.grid.x."""
-    path = ROOT.joinpath(*base.split("."), name)
-    return f"{base}.{name}" if path.is_dir() or path.with_suffix(".py").is_file() else base
+    paths = [root.joinpath(*base.split("."), name) for root in (ROOT, ROOT / "kernels" / "torch-ext")]
+    found = any(path.is_dir() or path.with_suffix(".py").is_file() for path in paths)
+    return f"{base}.{name}" if found else base
 
 
 def room(module: str) -> str:
@@ -152,7 +153,15 @@ def test_kernels_know_nothing_of_models(name: str) -> None:
 
 @each({name: file for name, file in WQ.items() if name.startswith(("wq/solvers/", "wq/formats/"))})
 def test_solvers_and_formats_are_functions_on_tensors(name: str) -> None:
-    allowed = ("wq.grid", "wq.scheme", "wq.errors", "wq.registry", "wq.formats.bits", "wq.formats.stored", "wq.solvers")
+    allowed = (
+        "wq.grid",
+        "wq.scheme",
+        "wq.errors",
+        "wq.registry",
+        "wq.formats.stored",
+        "wq.solvers",
+        "wq_kernels.stream",
+    )
     wrong = [
         found.module
         for found in imports(name)
@@ -174,7 +183,12 @@ def test_only_calibration_and_evaluation_import_datasets() -> None:
 
 def test_layers_and_what_measures_or_loads_them_import_the_kernels() -> None:
     """Not solvers, nor formats: how a weight is made and stored does not depend on who multiplies it."""
-    rooms = {room(name.removesuffix(".py").replace("/", ".")) for name in importers("wq_kernels")}
+    rooms = {
+        room(name.removesuffix(".py").replace("/", "."))
+        for name in TREES
+        for found in imports(name)
+        if found.module.split(".")[0] == "wq_kernels" and found.module != "wq_kernels.stream"
+    }
     assert rooms == {"layers", "hf", "doctor", "tuning"}
 
 

@@ -17,10 +17,10 @@ from transformers import AutoModelForCausalLM
 from wq import WqConfig, quantize
 from wq.convert import convert
 from wq.errors import CheckpointError, FormatError, OutputError
-from wq.formats import bits as stream
 from wq.formats import gptq
 from wq.formats.stored import Packed, Stored
 from wq.scheme import Scheme
+from wq_kernels import stream
 
 TinyModel = Callable[..., Path]
 FORMATS = ("compressed-tensors", "gptq", "awq")

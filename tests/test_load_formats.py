@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from wq import WqConfig, WqLinear, formats, quantize
-from wq.formats import bits as stream
 from wq.scheme import Scheme
 from wq.solvers import rtn
+from wq_kernels import stream
 
 TinyModel = Callable[..., Path]
 Tensors = dict[str, Tensor]

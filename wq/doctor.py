@@ -16,9 +16,9 @@ import torch
 import wq_kernels
 from wq.checkpoint import Entry, read_headers, read_tensor
 from wq.errors import CheckpointError, ModelError
-from wq.formats import bits as bit_stream
 from wq.machine import default_device
 from wq_kernels import configs, layout, registry
+from wq_kernels import stream as bit_stream
 
 PACKAGES = ("torch", "triton", "transformers", "accelerate", "safetensors", "compressed-tensors", "kernels")
 ROWS = (1, 16, 64, 256, 512)  # of the input, for which a kernel is shown

@@ -19,8 +19,8 @@ from transformers import AutoModelForCausalLM
 
 from wq import WqConfig, formats, quantize
 from wq.errors import CheckpointError, FormatError, SchemeError
-from wq.formats import bits as stream
 from wq.scheme import Scheme
+from wq_kernels import stream
 
 NAME = "model.layers.3.mlp.down_proj"
 OUT, IN = 64, 128

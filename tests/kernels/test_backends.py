@@ -59,33 +59,6 @@ def random_weight(
 
 
 @each_width
-@pytest.mark.parametrize("count", [1, 5, 31, 32, 33, 67])
-def test_unpack_equals_a_decoder_that_goes_bit_by_bit(bits: int, count: int) -> None:
-    stream = random_words(3, -(-count * bits // 32))
-    values = reference.unpack(stream, bits, count)
-    assert values.dtype == torch.uint8
-    assert values.tolist() == [decode(row.tolist(), bits, count) for row in stream]
-
-
-@each_width
-def test_unpack_takes_leading_dimensions_and_any_strides(bits: int) -> None:
-    stream = random_words(bits, 3, 2).permute(1, 2, 0)
-    values = reference.unpack(stream, bits, 32)
-    assert values.shape == (3, 2, 32)
-    for i in range(3):
-        for j in range(2):
-            assert values[i, j].tolist() == decode(stream[i, j].tolist(), bits, 32)
-
-
-@each_width
-def test_unpack_leaves_its_input_as_it_was(bits: int) -> None:
-    stream = random_words(3, 2 * bits)
-    before = stream.clone()
-    reference.unpack(stream, bits, 64)
-    assert torch.equal(stream, before)
-
-
-@each_width
 @pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
 @pytest.mark.parametrize(("out_features", "in_features", "groups"), [(7, 33, 1), (9, 40, 5), (33, 64, 2)])
 def test_dequantize_equals_arithmetic_value_by_value(

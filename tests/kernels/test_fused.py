@@ -110,10 +110,10 @@ def pairs(case: Case) -> set[tuple[object, ...]]:
 
 def words_of(codes: Tensor, points: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor | None]:
     """The bit streams of codes `[out, in]` and zero points `[G, out]`."""
-    from wq_kernels import reference
+    from wq_kernels import stream
 
-    zero = None if symmetric else reference.pack(points.to(torch.uint8), bits).t().contiguous()
-    return reference.pack(codes.to(torch.uint8), bits), zero
+    zero = None if symmetric else stream.pack(points, bits).t().contiguous()
+    return stream.pack(codes, bits), zero
 
 
 def tiled_weight(

@@ -8,6 +8,7 @@ from test_backends import decode, random_weight, random_words
 from torch import Tensor
 
 from wq_kernels import layout, reference
+from wq_kernels import stream as bit_stream
 
 # in_features, group size. Blocks are 256, 128 or 64 columns: most of these end within one, some before a whole group.
 COLUMNS = [
@@ -25,10 +26,9 @@ def stream(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """A random weight as a checkpoint holds it: bits behind the last value are 0."""
     packed, scale, zero = random_weight(bits, symmetric, n, k, k // group_size, dtype)
-    packed = reference.pack(reference.unpack(packed, bits, k), bits)
+    packed = bit_stream.pack(bit_stream.unpack(packed, bits, k), bits)
     if zero is not None:
-        points = reference.unpack(zero.t().clone(memory_format=torch.contiguous_format), bits, n)
-        zero = reference.pack(points, bits).t().contiguous()
+        zero = bit_stream.pack(bit_stream.unpack(zero.t(), bits, n), bits).t().contiguous()
     return packed, scale, zero
 
 
@@ -137,7 +137,7 @@ def test_what_lies_in_the_padding_does_not_matter(bits: int) -> None:
     n, k = 5, 96
     words, scale, zero = layout.from_stream(*stream(bits, False, n, k, 32), bits, k)
     expected = layout.dequantize(words, scale, zero, bits, n, k, torch.float32)
-    ones = reference.pack(torch.full((n, k), (1 << bits) - 1, dtype=torch.uint8), bits)
+    ones = bit_stream.pack(torch.full((n, k), (1 << bits) - 1, dtype=torch.uint8), bits)
     used = layout.from_stream(ones, torch.ones(n, 3), None, bits, k)[0]
     words |= random_words(*words.shape) & ~used
     zero[3:], zero[:, n:] = 1, 2

@@ -13,10 +13,10 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional
 
 import wq_kernels
-from wq.formats import bits as bit_stream
 from wq.layers import WqLinear, ops
 from wq.scheme import Scheme
 from wq_kernels import layout as tiles
+from wq_kernels import stream as bit_stream
 
 OUT, IN, GROUP = 40, 96, 32  # in tiles, all three are padded
 EXPERTS = 4

@@ -20,10 +20,11 @@ import torch
 from torch import Tensor
 
 from wq.errors import CheckpointError
-from wq.formats import bits, stored
+from wq.formats import stored
 from wq.formats.stored import Leaf, Packed, Read, Stored
 from wq.scheme import PER_CHANNEL, STORED_BITS, Scheme
 from wq.solvers import Solution
+from wq_kernels import stream as bits
 
 QUANT_METHOD = "compressed-tensors"
 LEAVES = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx")

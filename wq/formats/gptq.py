@@ -21,10 +21,11 @@ import torch
 from torch import Tensor
 
 from wq.errors import CheckpointError, FormatError
-from wq.formats import bits, stored
+from wq.formats import stored
 from wq.formats.stored import Leaf, Packed, Read, Stored
 from wq.scheme import PER_CHANNEL, Scheme
 from wq.solvers import Solution
+from wq_kernels import stream as bits
 
 QUANT_METHOD = "gptq"
 LEAVES = ("qweight", "qzeros", "scales", "g_idx")

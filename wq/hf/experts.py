@@ -23,11 +23,12 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from wq import formats
 from wq.checkpoint import Entry
 from wq.errors import CheckpointError
-from wq.formats import bits, compressed_tensors
+from wq.formats import compressed_tensors
 from wq.formats.stored import Packed, Stored
 from wq.layers import ExpertWeight, experts
 from wq.scheme import Scheme
 from wq_kernels import layout as tiles
+from wq_kernels import stream as bits
 
 if TYPE_CHECKING:
     from wq.hf.quantizer import WqQuantizer

@@ -13,10 +13,11 @@ from transformers import PreTrainedModel
 from wq import formats
 from wq.checkpoint import Entry, read_tensor
 from wq.errors import CheckpointError
-from wq.formats import bits, compressed_tensors, gptq
+from wq.formats import compressed_tensors, gptq
 from wq.formats.stored import Stored
 from wq.hf import experts
 from wq.structure import is_linear, map_names
+from wq_kernels import stream as bits
 
 LEAVES = (*compressed_tensors.LEAVES, *gptq.LEAVES)  # of every format: awq's are among gptq's
 

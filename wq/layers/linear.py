@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 import wq_kernels
-from wq.formats import bits as bit_stream
 from wq.layers import ops
 from wq.scheme import Scheme
 from wq_kernels import layout as tiles
+from wq_kernels import stream as bit_stream
 
 
 class PackedWeight:

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from . import reference
+from . import stream
 
 __all__ = [
     "dequantize",
@@ -72,7 +72,7 @@ def from_stream(
     if not fits(bits, in_features, groups):
         raise ValueError(f"the tiled layout takes no weight of {bits} bits with {groups} groups of {in_features}")
     rows, columns = _padding(out_features, ROW_ALIGNMENT), _padding(in_features, block_columns(bits))
-    codes = functional.pad(reference.unpack(packed, bits, in_features), (0, columns, 0, rows))
+    codes = functional.pad(stream.unpack(packed, bits, in_features), (0, columns, 0, rows))
     fields = codes.view(codes.shape[0], -1, 16 // bits, WORDS, 2)  # [N, block, p, r, h]
     words = torch.zeros(fields.shape[1], fields.shape[0], WORDS, dtype=torch.int32, device=packed.device)
     for p, h, offset in _fields(bits):
@@ -83,8 +83,7 @@ def from_stream(
     if zero is None:
         points = torch.full((1, out_features + rows), 1 << (bits - 1), dtype=torch.uint8, device=packed.device)
     else:
-        stream = zero.t().clone(memory_format=torch.contiguous_format)
-        points = functional.pad(reference.unpack(stream, bits, out_features), (0, rows, 0, extra)).contiguous()
+        points = functional.pad(stream.unpack(zero.t(), bits, out_features), (0, rows, 0, extra))
     return words, tiled_scale, points
 
 
@@ -92,12 +91,12 @@ def to_stream(
     words: Tensor, scale: Tensor, zero: Tensor, bits: int, out_features: int, in_features: int, symmetric: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The inverse of `from_stream`: the bytes that the checkpoint held."""
-    packed = reference.pack(_codes(words, bits)[:out_features, :in_features], bits)
+    packed = stream.pack(_codes(words, bits)[:out_features, :in_features], bits)
     groups = scale.shape[0] if scale.shape[0] == 1 else in_features // _group_size(words, scale, bits)
     stream_scale = scale[:groups, :out_features].t().contiguous()
     if symmetric:
         return packed, stream_scale, None
-    return packed, stream_scale, reference.pack(zero[:groups, :out_features], bits).t().contiguous()
+    return packed, stream_scale, stream.pack(zero[:groups, :out_features], bits).t().contiguous()
 
 
 def dequantize(

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from wq.formats import bits as stream
+from wq_kernels import stream
 
-BITS = (2, 3, 4, 8)
+BITS = range(1, 9)
 COUNTS = (1, 5, 8, 31, 32, 33, 40, 64, 95, 96, 100, 257)
 
 
@@ -78,3 +78,23 @@ def test_meta_tensors_give_the_same_shapes(bits: int, count: int) -> None:
     real = stream.pack(torch.zeros(3, count, dtype=torch.uint8), bits)
     meta = stream.pack(torch.zeros(3, count, dtype=torch.uint8, device="meta"), bits)
     assert (meta.shape, meta.dtype, meta.device.type) == (real.shape, real.dtype, "meta")
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_leading_dimensions_and_any_strides_are_taken(bits: int, generator: torch.Generator) -> None:
+    values = torch.randint(2**bits, (2, 3, 40), generator=generator, dtype=torch.uint8)
+    packed = stream.pack(values, bits)
+    assert torch.equal(packed, torch.stack([stream.pack(rows, bits) for rows in values]))
+    strided = packed.permute(2, 0, 1).contiguous().permute(1, 2, 0)
+    assert not strided.is_contiguous()
+    assert torch.equal(stream.unpack(strided, bits, 40), values)
+    column = stream.pack(values[0, :, :1].repeat(1, stream.words(1, bits)), bits)  # one word a row, and its transpose
+    assert torch.equal(stream.unpack(column.t().contiguous().t(), bits, 1), values[0, :, :1])
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_bits_after_the_last_value_are_ignored(bits: int, generator: torch.Generator) -> None:
+    words = torch.randint(-(2**31), 2**31, (3, stream.words(33, bits)), generator=generator).to(torch.int32)
+    whole = stream.pack(stream.unpack(words, bits, 33), bits)
+    assert torch.equal(stream.unpack(whole, bits, 33), stream.unpack(words, bits, 33))
+    assert whole.tolist() == by_hand(stream.unpack(words, bits, 33), bits)
