@@ -77,12 +77,12 @@ def cases(architectures: tuple[str, ...]) -> Iterator[Case]:
         device = configs.Device(architecture, architecture, 100)
         for kernel in ("linear", "experts"):
             for bits, group_size in WEIGHTS:
+                block_groups = max(1, 512 // bits // group_size)
                 for rows in configs.BUCKETS:
-                    blocks = max(1, 512 // bits // group_size) if group_size > 0 else 1
-                    config = configs.choose(device, rows, bits, blocks, triton.__version__)
+                    config = configs.built_in(device, rows, bits, block_groups)
                     for dtype in DTYPES:
                         case = Case(kernel, architecture, dtype, bits, group_size, rows, config)
-                        key = (kernel, architecture, dtype, bits, blocks, config)
+                        key = (kernel, architecture, dtype, bits, block_groups, config)
                         if key not in seen:
                             seen.add(key)
                             yield case
@@ -98,16 +98,11 @@ def compile_case(case: Case) -> Row:
         **dict.fromkeys(("words_ptr", "counter_ptr", "row_ptr", "expert_ptr"), "*i32"),
         **{"zero_ptr": "*u8", "partial_ptr": "*fp32"},
     }
-    constants = {
-        "BITS": case.bits,
-        "BLOCK_GROUPS": max(1, block // case.group_size) if case.group_size > 0 else 1,
-        "BN": case.config.rows_n,
-        "BM": case.config.rows_m,
-        "SCALE_WEIGHTS": case.config.scale_weights,
-        "STAGES": case.config.stages,
-        "TARGET": "ptx" if nvidia else "generic",
-    }
-    compiled = build(function, signature, constants, case.architecture, case.config.launch_options(constants["TARGET"]))
+    target = "ptx" if nvidia else "generic"
+    block_groups = max(1, block // case.group_size)
+    constants = case.config.constants(case.bits, block_groups, target)
+    options = case.config.launch_options(target)
+    compiled = build(function, signature, constants, case.architecture, options)
     if not nvidia:
         return amd_row(case, compiled)
     usage, code = disassemble(compiled.asm["cubin"])

@@ -118,7 +118,7 @@ def _kernel(where: str, rows: int, bits: int, n: int, k: int, groups: int, archi
         return "dequantize in pieces, then matmul"
     blocks = -(-k // layout.block_columns(bits))
     device = _device(architecture)
-    config = configs.choose(device, configs.bucket(rows), bits, max(1, groups // blocks), _triton())
+    config = configs.choose(device, configs.bucket(rows), bits, layout.block_groups(blocks, groups), _triton())
     parts = configs.split(device, config, n, rows, blocks)
     tile = f"fused, tile {config.rows_n}×{config.rows_m}, {config.warps} warps, {config.stages} stages"
     return f"{tile}, columns split in {parts}" if parts > 1 else tile

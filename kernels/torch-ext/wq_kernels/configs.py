@@ -61,6 +61,18 @@ class Config:
             if type(value) is not type(values[0]) or value not in values:
                 raise ValueError(f"{name} is {value!r}; it must be one of {values[0]} to {values[-1]}")
 
+    def constants(self, bits: int, block_groups: int, target: str) -> dict[str, Any]:
+        """What the kernels are compiled with. block_groups: groups in a block of columns (see `layout`)."""
+        return {
+            "BITS": bits,
+            "BLOCK_GROUPS": block_groups,
+            "BN": self.rows_n,
+            "BM": self.rows_m,
+            "SCALE_WEIGHTS": self.scale_weights,
+            "STAGES": self.stages,
+            "TARGET": target,
+        }
+
     def launch_options(self, target: str) -> dict[str, int]:
         """What Triton's launcher takes beside the constants. Only NVIDIA's assembler knows a limit of registers."""
         limit = {"maxnreg": self.registers} if self.registers and target == "ptx" else {}

@@ -2,8 +2,8 @@
 
 One program dequantizes a tile of rows and columns: each packed word is read once (3-bit values, which straddle words,
 are looked up one by one in the cache) and each weight written once, where plain torch moves the codes several times
-over. As a backend, `linear` dequantizes and hands over to the library's
-product; it is the way for what the fused kernel does not take: 3 bits, whose values straddle words, and odd groups.
+over. As a backend, `linear` dequantizes and hands over to the library's product; it is the way for what the fused
+kernel does not take: 3 bits, and odd groups.
 """
 
 from __future__ import annotations

@@ -125,15 +125,13 @@ def expert_linear(
     if x.dtype not in _HALF or rows == 0:
         return layout.expert_linear(x, expert_of_row, words, scale, zero, bias, bits, out_features, in_features)
     experts, blocks = words.shape[:2]
-    groups = scale.shape[1]
-    block_groups = max(1, groups // blocks)
-    shift = 31 if groups == 1 else (blocks // groups).bit_length() - 1
+    groups, kind = scale.shape[1], target(x.device)
+    block_groups = layout.block_groups(blocks, groups)
     # The tile that fits an expert's share of the rows; more rows than that are more tiles.
     share = min(-(-rows // experts), 128)
     config = configs.choose(describe(x.device), configs.bucket(share), bits, block_groups, triton.__version__)
     places, owners = sort_rows(expert_of_row, experts, config.rows_m)
-    columns = blocks * layout.block_columns(bits)
-    x = functional.pad(x, (0, columns - x.shape[1])) if x.shape[1] < columns else x.contiguous()
+    x = layout.pad_columns(x, blocks, bits)
     y = torch.zeros(rows, out_features, dtype=x.dtype, device=x.device)
     with on(x.device):
         _experts_kernel[(owners.shape[0], -(-out_features // config.rows_n))](
@@ -150,15 +148,9 @@ def expert_linear(
             blocks,
             groups,
             zero.shape[2] if zero.shape[1] > 1 else 0,
-            shift,
+            layout.group_shift(blocks, groups),
             rows // x.shape[0],
-            BITS=bits,
-            BLOCK_GROUPS=block_groups,
-            BN=config.rows_n,
-            BM=config.rows_m,
-            SCALE_WEIGHTS=config.scale_weights,
-            STAGES=config.stages,
-            TARGET=target(x.device),
-            **config.launch_options(target(x.device)),
+            **config.constants(bits, block_groups, kind),
+            **config.launch_options(kind),
         )
     return y

@@ -14,7 +14,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.nn import functional
 
 from . import configs, layout
 from .counters import arena
@@ -28,7 +27,6 @@ __all__ = ["dequantize", "expert_linear", "linear", "self_test", "supports"]
 
 _HALF = (torch.float16, torch.bfloat16)
 _SCRATCH = 24 * 2**20  # bytes of dequantized weight at a time: stays in the L2 cache of a large GPU
-_NO_SHIFT = 31  # every block of columns belongs to group 0
 
 supports = layout.supports
 
@@ -134,9 +132,7 @@ def multiply_rows(
 ) -> Tensor:
     """The fused kernel on x `[M, in]`, float16 or bfloat16, with the tile of the table or the one given."""
     m, groups, blocks, device = x.shape[0], scale.shape[0], words.shape[0], describe(x.device)
-    columns = blocks * layout.block_columns(bits)
-    x = functional.pad(x, (0, columns - x.shape[1])) if x.shape[1] < columns else x.contiguous()
-    block_groups = max(1, groups // blocks)
+    x, block_groups, kind = layout.pad_columns(x, blocks, bits), layout.block_groups(blocks, groups), target(x.device)
     if config is None:
         config = configs.choose(device, configs.bucket(m), bits, block_groups, triton.__version__)
     tiles_m, tiles_n = -(-m // config.rows_m), -(-out_features // config.rows_n)
@@ -161,15 +157,9 @@ def multiply_rows(
             out_features,
             blocks,
             zero.shape[1] if zero.shape[0] > 1 else 0,
-            _NO_SHIFT if groups == 1 else (blocks // groups).bit_length() - 1,
-            BITS=bits,
-            BLOCK_GROUPS=block_groups,
-            BN=config.rows_n,
-            BM=config.rows_m,
-            SCALE_WEIGHTS=config.scale_weights,
-            STAGES=config.stages,
-            TARGET=target(x.device),
-            **config.launch_options(target(x.device)),
+            layout.group_shift(blocks, groups),
+            **config.constants(bits, block_groups, kind),
+            **config.launch_options(kind),
         )
     return y
 

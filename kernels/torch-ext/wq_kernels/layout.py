@@ -31,12 +31,15 @@ from torch.nn import functional
 from . import stream
 
 __all__ = [
+    "block_groups",
     "dequantize",
     "expert_linear",
     "expert_linear_backward",
     "fits",
     "from_stream",
+    "group_shift",
     "linear",
+    "pad_columns",
     "supports",
     "to_stream",
 ]
@@ -44,6 +47,7 @@ __all__ = [
 ROW_ALIGNMENT = 16
 WORDS = 16  # of one row in one block
 SUBTILE = 32  # columns
+_ONE_GROUP = 31  # shifts every number of a block to 0
 
 
 def supports(bits: int) -> bool:
@@ -62,6 +66,22 @@ def fits(bits: int, in_features: int, groups: int) -> bool:
         return False
     size = in_features // groups
     return groups == 1 or (size >= SUBTILE and size & (size - 1) == 0)
+
+
+def block_groups(blocks: int, groups: int) -> int:
+    """Groups in a block of columns: 1, or more when a group is shorter than a block."""
+    return max(1, groups // blocks)
+
+
+def group_shift(blocks: int, groups: int) -> int:
+    """Block t lies in group `t >> shift`, where a block has one."""
+    return _ONE_GROUP if groups == 1 else max(0, (blocks // groups).bit_length() - 1)
+
+
+def pad_columns(x: Tensor, blocks: int, bits: int) -> Tensor:
+    """x `[rows, in]` with as many columns as its weight's blocks, contiguous."""
+    missing = blocks * block_columns(bits) - x.shape[1]
+    return functional.pad(x, (0, missing)) if missing else x.contiguous()
 
 
 def from_stream(
