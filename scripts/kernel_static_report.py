@@ -65,7 +65,7 @@ class Row:
     shared: int
     loop: int  # instructions in the main loop
     per_weight: float  # instructions of a thread for each weight, in the main loop
-    packed_load: int  # bytes of the widest asynchronous load in the main loop
+    wide_loads: int  # asynchronous loads of 16 bytes for each thread, in the main loop
     matrix: str  # the instruction that multiplies
     faults: list[str] = field(default_factory=list)
 
@@ -109,7 +109,7 @@ def compile_case(case: Case) -> Row:
     loop = main_loop(code)
     per_weight = len(loop) * case.config.warps * 32 / (case.config.rows_n * block)
     operations = [operation for _, operation, _ in loop]
-    widths = [{"128": 16, "64": 8}.get(op.rpartition(".")[2], 4) for op in operations if op.startswith("LDGSTS")]
+    wide = sum(op.startswith("LDGSTS") and op.endswith(".128") for op in operations)
     matrix = next((op for op in operations if op.startswith(("HGMMA", "HMMA"))), "none")
     row = Row(
         case,
@@ -118,7 +118,7 @@ def compile_case(case: Case) -> Row:
         compiled.metadata.shared,
         len(loop),
         per_weight,
-        max(widths, default=0),
+        wide,
         matrix,
     )
     row.faults = list(faults(row, usage, operations))
@@ -132,13 +132,25 @@ def faults(row: Row, usage: dict[str, int], operations: list[str]) -> Iterator[s
         yield f"spills: {usage['STACK']} bytes of stack"
     if row.shared > SHARED_MEMORY[case.architecture] * 1024:
         yield f"{row.shared} bytes of shared memory; the processor has {SHARED_MEMORY[case.architecture]} KiB"
-    if row.packed_load < 16:
-        yield f"packed words are loaded {row.packed_load} bytes at a time, not 16"
+    if row.wide_loads < wide_loads(case):
+        yield f"packed words come in pieces: {row.wide_loads} loads of 16 bytes a thread, not {wide_loads(case)}"
     if case.architecture == "sm_90" and not row.matrix.startswith("HGMMA"):
         yield f"multiplies with {row.matrix}, not HGMMA"
     bound = case.architecture in FULL_SPEED and (case.bits, case.group_size, case.rows) == (4, 128, 16)
     if bound and row.per_weight > MAX_INSTRUCTIONS:
         yield f"{row.per_weight:.2f} instructions for each weight; the bound is {MAX_INSTRUCTIONS}"
+
+
+def wide_loads(case: Case) -> int:
+    """How many loads of 16 bytes a thread has, if packed words have no others.
+
+    The input is loaded by subtile, so that small tiles of it come in smaller loads; those that do not are counted too,
+    or they could stand in for packed words.
+    """
+    threads = 32 * case.config.warps
+    packed = case.config.rows_n * 64 // (16 * threads)
+    subtiles, bytes_of_one = 16 // case.bits, 64 * case.config.rows_m
+    return packed + subtiles * (bytes_of_one // (16 * threads))
 
 
 def amd_row(case: Case, compiled: Any) -> Row:
@@ -216,7 +228,8 @@ def dequantize_faults(architecture: str) -> list[str]:
             constants = {"BITS": bits, "ROWS": dense._ROWS}
             if not tiles:
                 constants |= {"SYMMETRIC": False, "COLUMNS": dense._COLUMNS}
-            compiled = build(function, types, constants, architecture, {})
+            options = dense.launch_options("ptx" if architecture.startswith("sm_") else "generic")
+            compiled = build(function, types, constants, architecture, options)
             if architecture.startswith("sm_"):
                 usage, _ = disassemble(compiled.asm["cubin"])
                 if usage["STACK"] or usage["LOCAL"]:

@@ -88,7 +88,7 @@ def test_few_rows_of_4_bits_spend_few_instructions_on_a_weight(
     # A loop that was not found would have none: unpacking alone takes one for every two.
     assert 0.5 < row["per_weight"] <= 2.9
     assert row["loop"] > 50
-    assert row["packed_load"] == 16
+    assert row["wide_loads"] == 4  # of packed words: 128 rows of 64 bytes for 128 threads; the input comes in smaller
     assert row["matrix"].startswith("HGMMA" if architecture == "sm_90" else "HMMA")
 
 
@@ -152,7 +152,7 @@ def good_row(script: ModuleType, architecture: str = "sm_90", **case: Any) -> An
     matrix = "HGMMA.64x16x16.F32" if architecture == "sm_90" else "HMMA.16816.F32"
     case = script.Case(architecture=architecture, config=config, **sizes)
     return script.Row(
-        case, registers=128, stack=0, shared=40_000, loop=400, per_weight=2.5, packed_load=16, matrix=matrix
+        case, registers=128, stack=0, shared=40_000, loop=400, per_weight=2.5, wide_loads=4, matrix=matrix
     )
 
 
@@ -163,8 +163,8 @@ BROKEN: dict[str, tuple[dict[str, Any], dict[str, int], list[str], str]] = {
     "spilled": ({}, {}, ["STL.64"], "spills"),
     "spilled and read": ({}, {}, ["LDL"], "spills"),
     "shared memory": ({"shared": 227 * 1024 + 1}, {}, [], "232449 bytes of shared memory"),
-    "small loads": ({"packed_load": 8}, {}, [], "8 bytes at a time"),
-    "no loads": ({"packed_load": 0}, {}, [], "0 bytes at a time"),
+    "some small loads": ({"wide_loads": 3}, {}, [], "3 loads of 16 bytes a thread, not 4"),
+    "no wide loads": ({"wide_loads": 0}, {}, [], "0 loads of 16 bytes a thread, not 4"),
     "Ampere's instruction": ({"matrix": "HMMA.16816.F32"}, {}, [], "not HGMMA"),
     "none": ({"matrix": "none"}, {}, [], "multiplies with none"),
     "slow": ({"per_weight": 2.91}, {}, [], "2.91 instructions for each weight"),
@@ -180,6 +180,13 @@ def test_a_binary_that_breaks_a_bound_is_at_fault(
     found = list(script.faults(replace(row, **changes), {**CLEAN, **usage}, code + operations))
     assert len(found) == 1
     assert fault in found[0]
+
+
+def test_wide_loads_of_the_input_do_not_stand_in_for_those_of_packed_words(script: ModuleType) -> None:
+    for config, bits, expected in (((128, 16, 4), 4, 4), ((128, 32, 4), 4, 4 + 4), ((64, 64, 4), 8, 2 + 2 * 2)):
+        rows_n, rows_m, warps = config
+        tile = script.configs.Config(rows_n, rows_m, warps, 4, False)
+        assert script.wide_loads(replace(good_row(script).case, bits=bits, config=tile)) == expected
 
 
 @pytest.mark.parametrize(

@@ -15,11 +15,16 @@ from torch import Tensor
 from torch.nn import functional
 
 from . import layout
-from .target import on
+from .target import on, target
 
 __all__ = ["dequantize", "dequantize_tiles", "linear", "supports"]
 
 _ROWS, _COLUMNS = 16, 256
+
+
+def launch_options(target: str) -> dict[str, int]:
+    """Left to itself, NVIDIA's assembler would rather spill a few registers than run one thread block less."""
+    return {"maxnreg": 255} if target == "ptx" else {}
 
 
 def supports(bits: int) -> bool:
@@ -63,7 +68,7 @@ def _dequantize_kernel(  # type: ignore[no-untyped-def]
 ):
     MASK: tl.constexpr = (1 << BITS) - 1
     n = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
-    k = (tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)).to(tl.int64)[None, :]
+    k = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     inside = (n < N) & (k < K)
     if 32 % BITS == 0:  # a word holds whole values: each is loaded once and spread out
         PER_WORD: tl.constexpr = 32 // BITS
@@ -110,6 +115,7 @@ def dequantize(
             SYMMETRIC=zero is None,
             ROWS=_ROWS,
             COLUMNS=_COLUMNS,
+            **launch_options(target(packed.device)),
         )
     return out
 
@@ -170,6 +176,7 @@ def dequantize_tiles(
             words.shape[0] * layout.block_columns(bits) // scale.shape[0],
             BITS=bits,
             ROWS=_ROWS,
+            **launch_options(target(words.device)),
         )
     return out
 
