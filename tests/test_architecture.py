@@ -32,7 +32,7 @@ RANKS = {
             ("formats",),
             ("layers",),
             ("checkpoint",),
-            ("report", "structure"),
+            ("report", "structure", "quantized"),
             ("pipeline", "hf"),
             ("evaluate", "hub", "doctor", "tuning", "convert"),
             ("cli",),

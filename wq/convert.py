@@ -17,14 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wq import formats
+from wq import formats, quantized
 from wq.checkpoint import Entry, ShardWriter, Spec, read_headers, read_tensor, staged, write_text
 from wq.errors import CheckpointError, FormatError
-from wq.formats import compressed_tensors, gptq
 from wq.formats.stored import Packed, Stored
 from wq.hf.conversion import dense, read
 
-_LEAVES = (*compressed_tensors.LEAVES, *gptq.LEAVES)  # awq's are among gptq's
 _LEFT = ("config.json", "model.safetensors.index.json", "wq_report.json", "README.md", "quantize_config.json")
 
 
@@ -42,17 +40,16 @@ def convert(
     OutputError for an output that cannot be written.
     """
     folder, path, target = Path(source), Path(output), formats.get(to)
-    config = _config(folder)
-    entries = read_headers(folder)
-    layers = _layers(entries)
+    config = quantized.read_config(folder)
+    layers, unpacked = quantized.split(read_headers(folder))
     if not layers:
         raise CheckpointError(f"{folder} holds no packed weights. `wq quantize` makes such a checkpoint.")
-    stored = {name: _stored(name, leaves, config["quantization_config"]) for name, leaves in layers.items()}
+    said = config["quantization_config"]
+    stored = {name: quantized.describe(name, leaves, said) for name, leaves in layers.items()}
     wanted = {name: _wanted(name, info, to) for name, info in stored.items()}
     schemes = {info.scheme for info in wanted.values()}
     if len(schemes) > 1:
         raise FormatError(f"{folder} holds {len(schemes)} schemes; a converted checkpoint has one for all layers.")
-    unpacked = {name: entry for name, entry in entries.items() if name.rpartition(".")[2] not in _LEAVES}
     specs = {name: Spec(entry.dtype, entry.shape) for name, entry in unpacked.items()}
     specs |= _specs(wanted)
     with staged(path, overwrite) as stage:
@@ -64,62 +61,13 @@ def convert(
                     writer.write(f"{name}.{leaf}", tensor)
                 if on_layer is not None:
                     on_layer(done + 1, len(layers))
-        keep = _dense_names(config["quantization_config"], unpacked, layers)
+        keep = _dense_names(said, unpacked, layers)
         config["quantization_config"] = target.config(next(iter(schemes)), keep)
         write_text(stage / "config.json", json.dumps(config, indent=2) + "\n")
         for file in folder.iterdir():
             if file.is_file() and file.suffix != ".safetensors" and file.name not in _LEFT:
                 shutil.copyfile(file, stage / file.name)
     return {"output": str(path), "format": to, "layers": len(layers), "identical": len(layers)}
-
-
-def _config(folder: Path) -> dict[str, Any]:
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        if isinstance(config["quantization_config"], dict):
-            return dict(config)
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
-    raise CheckpointError(f"{folder}/config.json has no quantization_config: this is no quantized checkpoint.")
-
-
-def _layers(entries: Mapping[str, Entry]) -> dict[str, dict[str, Entry]]:
-    layers: dict[str, dict[str, Entry]] = {}
-    for name, entry in entries.items():
-        prefix, _, leaf = name.rpartition(".")
-        if leaf in _LEAVES:
-            layers.setdefault(prefix, {})[leaf] = entry
-    return layers
-
-
-def _stored(name: str, leaves: Mapping[str, Entry], config: Mapping[str, Any]) -> Stored:
-    """What a layer's tensors say, without a model to ask for shapes."""
-    if "weight_packed" in leaves:
-        if "weight_shape" not in leaves:
-            raise CheckpointError(f"{name}.weight_shape is missing. Download the checkpoint again.")
-        out_features, in_features = read_tensor(leaves["weight_shape"]).flatten().tolist()
-        owner = "compressed-tensors"
-    elif {"qweight", "scales"} <= set(leaves) and len(leaves["qweight"].shape) == len(leaves["scales"].shape) == 2:
-        out_features = leaves["scales"].shape[1]
-        rows, columns = leaves["qweight"].shape
-        owner = "gptq" if columns == out_features else "awq"
-        width = config.get("bits")
-        if owner == "awq":
-            in_features = rows
-        elif "g_idx" in leaves:
-            in_features = leaves["g_idx"].shape[0]
-        elif type(width) is int and width > 0:
-            in_features = rows * 32 // width
-        else:
-            raise CheckpointError(f"{name}: neither g_idx nor config.json says how many columns it has.")
-    else:
-        raise CheckpointError(f"{name}: {sorted(leaves)} are no packed weight. Download the checkpoint again.")
-    if min(out_features, in_features) < 1:
-        raise CheckpointError(f"{name} is said to be [{out_features}, {in_features}].")
-    info: Stored = formats.get(owner).inspect(
-        leaves, (out_features, in_features), config, lambda leaf: read_tensor(leaves[leaf]), name
-    )
-    return info
 
 
 def _wanted(name: str, info: Stored, to: str) -> Stored:

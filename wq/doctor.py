@@ -1,6 +1,7 @@
 """What would run here: the versions, the devices, and for a checkpoint the kernel that each of its layers would use.
 
-Reads the headers of a checkpoint, never its weights, and asks the kernels' own tables: what it says is what runs.
+Reads the headers of a checkpoint, and of its values only the few that say how weights are stored; asks the kernels'
+own tables, so that what it says is what runs.
 """
 
 from __future__ import annotations
@@ -14,11 +15,12 @@ from typing import Any
 import torch
 
 import wq_kernels
-from wq.checkpoint import Entry, read_headers, read_tensor
+from wq import quantized
+from wq.checkpoint import read_headers
 from wq.errors import CheckpointError, ModelError
 from wq.machine import default_device
+from wq.scheme import Scheme
 from wq_kernels import configs, layout, registry
-from wq_kernels import stream as bit_stream
 
 PACKAGES = ("torch", "triton", "transformers", "accelerate", "safetensors", "compressed-tensors", "kernels")
 ROWS = (1, 16, 64, 256, 512)  # of the input, for which a kernel is shown
@@ -51,42 +53,20 @@ def doctor(checkpoint: str | os.PathLike[str] | None = None, architecture: str |
 
 def explain(folder: Path, architecture: str | None = None) -> list[dict[str, Any]]:
     """One entry for the layers of one shape: their names and number, what multiplies them, and why."""
-    alike: dict[tuple[int, int, int, int, bool], list[str]] = {}
-    headers = read_headers(folder)
-    for name, entry in headers.items():
-        path, _, leaf = name.rpartition(".")
-        if leaf == "weight_packed":
-            alike.setdefault(_weight(path, entry, headers), []).append(_LAYER.sub(".*.", path))
-    if not alike:
-        raise CheckpointError(
-            f"{folder} holds no packed weights. `wq doctor` explains checkpoints made by wq quantize."
-        )
-    return [_entry(weight, names, architecture) for weight, names in alike.items()]
+    alike: dict[tuple[Scheme, tuple[int, int]], list[str]] = {}
+    layers, _ = quantized.split(read_headers(folder))
+    if not layers:
+        raise CheckpointError(f"{folder} holds no packed weights. `wq quantize` makes a checkpoint that does.")
+    config = quantized.read_config(folder)["quantization_config"]
+    for path, leaves in layers.items():
+        stored = quantized.describe(path, leaves, config)
+        alike.setdefault((stored.scheme, stored.shape), []).append(_LAYER.sub(".*.", path))
+    return [_entry(scheme, shape, names, architecture) for (scheme, shape), names in alike.items()]
 
 
-def _weight(path: str, packed: Entry, headers: dict[str, Entry]) -> tuple[int, int, int, int, bool]:
-    """bits, out_features, in_features, groups and symmetric of one packed weight."""
-    scale, shape = headers.get(f"{path}.weight_scale"), headers.get(f"{path}.weight_shape")
-    if scale is None or shape is None or len(scale.shape) != 2 or len(packed.shape) != 2:
-        raise CheckpointError(f"{path}: weight_scale [out, groups] or weight_shape is missing. Download it again.")
-    if shape.shape != (2,) or shape.dtype.is_floating_point:
-        raise CheckpointError(
-            f"{path}: weight_shape is {shape.dtype} {list(shape.shape)}, not two sizes. Download it again."
-        )
-    out_features, in_features = read_tensor(shape).tolist()
-    groups = scale.shape[1]
-    bits = packed.shape[1] * 32 // in_features if in_features > 0 else 0
-    whole = 1 <= bits <= 8 and packed.shape == (out_features, bit_stream.words(in_features, bits))
-    if not whole or scale.shape[0] != out_features or groups < 1 or in_features % groups:
-        raise CheckpointError(
-            f"{path}: weight_shape [{out_features}, {in_features}] does not fit weight_packed {list(packed.shape)} "
-            f"with {groups} groups. The file is damaged."
-        )
-    return bits, out_features, in_features, groups, f"{path}.weight_zero_point" not in headers
-
-
-def _entry(weight: tuple[int, int, int, int, bool], names: list[str], architecture: str | None) -> dict[str, Any]:
-    bits, out_features, in_features, groups, symmetric = weight
+def _entry(scheme: Scheme, shape: tuple[int, int], names: list[str], architecture: str | None) -> dict[str, Any]:
+    (out_features, in_features), bits = shape, scheme.bits
+    groups = scheme.groups(in_features)
     where, why = _layout(bits, in_features, groups, architecture)
     return {
         "layers": sorted(set(names)),
@@ -95,7 +75,7 @@ def _entry(weight: tuple[int, int, int, int, bool], names: list[str], architectu
         "out_features": out_features,
         "in_features": in_features,
         "group_size": in_features // groups,
-        "symmetric": symmetric,
+        "symmetric": scheme.symmetric,
         "layout": where,
         "why": why,
         "kernels": {rows: _kernel(where, rows, bits, out_features, in_features, groups, architecture) for rows in ROWS},

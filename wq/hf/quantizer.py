@@ -24,8 +24,9 @@ from wq.formats.stored import Packed, Stored
 from wq.hf import experts
 from wq.hf.config import METHOD, WqConfig
 from wq.hf.conversion import PARAMETERS, Dequantize, Quantize, Unpack, is_own, packed_like
-from wq.hf.inspection import LEAVES, inspect
+from wq.hf.inspection import inspect
 from wq.layers import WqLinear
+from wq.quantized import LEAVES
 from wq.scheme import Scheme
 from wq.structure import auto_group_size, find_blocks, find_linears, patterns
 
