@@ -7,7 +7,6 @@ own: this file as a script. Times are given, not taken.
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -16,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from interpreter import run_script
 from torch import Tensor
 from typer.testing import CliRunner
 
@@ -78,15 +78,7 @@ def interpret() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def interpreted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    pytest.importorskip("triton", reason="triton is not installed: the kernel cannot be interpreted")
-    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels" / "torch-ext")])
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("TRITON_", "WQ_"))}
-    mine = {"PYTHONPATH": path, "TRITON_INTERPRET": "1", "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton"))}
-    done = subprocess.run(
-        [sys.executable, __file__], capture_output=True, text=True, timeout=300, env={**inherited, **mine}
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    return run_script(__file__, tmp_path_factory.mktemp("triton"), TRITON_INTERPRET="1")
 
 
 def test_the_tile_with_the_least_geometric_mean_is_written(interpreted: dict[str, Any]) -> None:

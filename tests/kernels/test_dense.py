@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_fused import any_bits, attempt, bounds_checked, guarded, poisoned, run_script
+from interpreter import any_bits, attempt, bounds_checked, guarded, poisoned, run_script
 from torch import Tensor
 
 # out, in, groups. The tile is 16 x 256: below it, across its border, exactly on it.

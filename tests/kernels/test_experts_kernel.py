@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_fused import attempt, backwards, bounds_checked, guarded, poisoned, run_script, tiled_weight
+from interpreter import attempt, backwards, bounds_checked, guarded, poisoned, run_script, tiled_weight
 from torch import Tensor
 
 COUNT, BATCH = 160, 8  # cases, and cases looked at in one test

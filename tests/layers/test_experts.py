@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from interpreter import run_script
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional
@@ -587,15 +585,7 @@ def _count() -> list[str]:
 
 @pytest.fixture(scope="module")
 def interpreted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    pytest.importorskip("triton", reason="triton is not installed: the kernel cannot be interpreted")
-    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels" / "torch-ext")])
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("TRITON_", "WQ_"))}
-    mine = {"PYTHONPATH": path, "TRITON_INTERPRET": "1", "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton"))}
-    done = subprocess.run(
-        [sys.executable, __file__], capture_output=True, text=True, timeout=300, env={**inherited, **mine}
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    return run_script(__file__, tmp_path_factory.mktemp("triton"), TRITON_INTERPRET="1")
 
 
 @pytest.mark.parametrize("case", INTERPRETED)
