@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from wq import WqConfig, formats, quantize
 from wq.errors import CheckpointError, FormatError, SchemeError
+from wq.formats.stored import Packed, Stored
 from wq.scheme import Scheme
 from wq_kernels import stream
 
@@ -144,7 +145,135 @@ def test_an_absurd_value_in_the_config_is_an_error_by_name_or_changes_nothing(so
     assert not wrong
 
 
-# --- what the product does not refuse yet ---
+# --- one change, always refused ---
+
+
+def layer(name: str, scheme: Scheme, variant: str = "", permuted: bool = False) -> tuple[str, Tensors]:
+    """A whole layer in a dialect that wq reads and does not write."""
+    one = solution(torch.Generator().manual_seed(0), scheme, OUT, IN)
+    zero = None if scheme.symmetric else stream.pack(one.zero.t(), scheme.bits).t().contiguous()
+    order = torch.randperm(IN).to(torch.int32) if permuted else None
+    packed = Packed(stream.pack(one.codes, scheme.bits), one.scale, zero, order)
+    return name, formats.get(name).from_packed(packed, Stored(name, scheme, (OUT, IN), variant, permuted))
+
+
+WHOLE = {source: made(source)[:2] for source in SOURCES} | {
+    "compressed-3-old": layer("compressed-tensors", Scheme(3, 32, False), "aligned"),
+    "compressed-act-order": layer("compressed-tensors", Scheme(4, 32), "with g_idx", True),
+    "gptq-act-order": layer("gptq", Scheme(4, 32, False), "2", True),
+}
+SAID: dict[str, Any] = {source: made(source)[2] for source in SOURCES} | {
+    "compressed-3-old": {"config_groups": {"a": {"targets": ["Linear"], "weights": {"num_bits": 3}}}},
+    "compressed-act-order": {"config_groups": {"a": {"targets": ["Linear"], "weights": {"num_bits": 4}}}},
+    "gptq-act-order": {"checkpoint_format": "gptq_v2"},
+}
+
+SHAPES: dict[str, Callable[[Tensor], Tensor]] = {
+    "a row less": lambda t: t[:-1],
+    "a row more": lambda t: torch.cat([t, t[:1]]),
+    "a column less": lambda t: t[..., :-1] if t.ndim > 1 else t[:-1],
+    "twice the columns": lambda t: torch.cat([t, t], -1),
+    "flat": lambda t: t.flatten() if t.ndim > 1 else t[None],
+    "one more dimension": lambda t: t[None],
+    "empty": lambda t: t[:0],
+    "no dimension": lambda t: t.flatten()[0],
+}
+
+
+def changes() -> list[tuple[str, str, str]]:
+    """Source, tensor, and what is done to it: whatever does not leave another, whole layer."""
+    found = []
+    for source, (_, tensors) in WHOLE.items():
+        for leaf, tensor in tensors.items():
+            if leaf == "weight_shape":
+                continue
+            found += [(source, leaf, what) for what, to in SHAPES.items() if to(tensor).shape != tensor.shape]
+            floats = (torch.float16, torch.bfloat16, torch.float32)
+            fits = floats if tensor.is_floating_point() else (tensor.dtype,)
+            found += [(source, leaf, str(dtype)) for dtype in DTYPES if dtype not in fits]
+            if leaf not in ("g_idx", "weight_g_idx", "weight_zero_point"):
+                found.append((source, leaf, "absent"))
+    return found
+
+
+CHANGES = changes()
+
+
+def test_there_are_hundreds_of_changes() -> None:
+    assert len(CHANGES) >= 300
+
+
+@pytest.mark.parametrize(("source", "leaf", "what"), CHANGES, ids=str)
+def test_a_tensor_that_does_not_fit_is_refused_by_name(source: str, leaf: str, what: str) -> None:
+    name, whole = WHOLE[source]
+    tensors = dict(whole)
+    if what == "absent":
+        del tensors[leaf]
+    elif what in SHAPES:
+        tensors[leaf] = SHAPES[what](tensors[leaf])
+    else:
+        tensors[leaf] = tensors[leaf].to(getattr(torch, what.removeprefix("torch.")))
+    with pytest.raises(CheckpointError, match=NAME):
+        formats.get(name).inspect(tensors, (OUT, IN), SAID[source], tensors.__getitem__, NAME)
+
+
+INDICES: dict[str, Callable[[Tensor], Tensor]] = {
+    "negative": lambda g: g.index_fill(0, torch.tensor([5]), -1),
+    "as many as groups": lambda g: g.index_fill(0, torch.tensor([5]), IN // 32),
+    "2**31 - 1": lambda g: g.index_fill(0, torch.tensor([0]), 2**31 - 1),
+    "the least": lambda g: g.index_fill(0, torch.tensor([IN - 1]), -(2**31)),
+    "unequal groups": lambda g: g.index_fill(0, torch.tensor([IN - 1]), 0),
+    "one group": lambda g: torch.zeros_like(g),
+}
+
+
+@pytest.mark.parametrize("what", INDICES)
+@pytest.mark.parametrize("source", ["gptq-4-sym", "gptq-3-asym", "gptq-act-order", "compressed-act-order"])
+def test_an_index_of_groups_that_cannot_be_is_refused(source: str, what: str) -> None:
+    name, tensors = WHOLE[source]
+    leaf = "g_idx" if "g_idx" in tensors else "weight_g_idx"
+    tensors = tensors | {leaf: INDICES[what](tensors[leaf])}
+    with pytest.raises(CheckpointError, match=f"{NAME}.*group"):
+        formats.get(name).inspect(tensors, (OUT, IN), SAID[source], tensors.__getitem__, NAME)
+
+
+def refused(source: str, config: Any) -> None:
+    name, tensors = WHOLE[source]
+    with pytest.raises(ALLOWED, match=NAME):
+        formats.get(name).inspect(tensors, (OUT, IN), config, tensors.__getitem__, NAME)
+
+
+@pytest.mark.parametrize("bits", [10**9, 0, -4, 2**63, 8])
+def test_a_width_that_contradicts_the_tensors_is_refused(bits: int) -> None:
+    groups = {"g": {"targets": ["Linear"], "weights": {"num_bits": bits}}}
+    refused("compressed-4-sym", {"config_groups": groups})
+
+
+SENSELESS: list[Any] = [
+    {},
+    {"config_groups": None},
+    {"config_groups": []},
+    {"config_groups": {"g": None}},
+    {"config_groups": {"g": {"weights": []}}},
+    {"config_groups": {"g": {"targets": 7, "weights": {"num_bits": "four"}}}},
+    {"config_groups": {"g": {"targets": ["re:("], "weights": {"num_bits": [4]}}}},
+    {"config_groups": {"g": {"targets": [None, 3], "weights": {"num_bits": 4.0}}}},
+]
+
+
+@pytest.mark.parametrize("config", SENSELESS, ids=str)
+def test_the_tensors_speak_for_themselves_when_the_config_says_nothing(config: Any) -> None:
+    name, tensors = WHOLE["compressed-4-sym"]
+    assert formats.get(name).inspect(tensors, (OUT, IN), config, tensors.__getitem__, NAME).scheme.bits == 4
+
+
+@pytest.mark.parametrize("layout", ["marlin", "gptq_p", 7, ["gptq"], "auto_round:fp8"], ids=str)
+def test_a_layout_that_wq_does_not_know_is_refused(layout: Any) -> None:
+    refused("gptq-4-sym", {"checkpoint_format": layout})
+    refused("awq-asym", {"version": layout})
+
+
+# --- through from_pretrained ---
 
 
 def test_the_rest_of_this_file_damages_what_loads(tmp_path: Path, checkpoint: Callable[[str], Path]) -> None:

@@ -19,7 +19,7 @@ from wq.errors import CheckpointError
 from wq.formats import compressed_tensors
 from wq.formats.stored import Packed, Stored
 from wq.hf.conversion import dense
-from wq.scheme import BITS, Scheme
+from wq.scheme import BITS, STORED_BITS, Scheme
 
 NAME = "model.layers.1.mlp.down_proj"
 GOLDEN = sorted((Path(__file__).parents[1] / "golden").glob("*.safetensors"))
@@ -334,7 +334,7 @@ def test_awq_decodes_as_documented(
 @pytest.mark.parametrize("shape", [(64, 192), (33, 160), (7, 224)], ids=str)
 @pytest.mark.parametrize("channel", [True, False], ids=["channel", "group"])
 @pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
-@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("bits", STORED_BITS)
 def test_compressed_tensors_decode_as_documented(
     bits: int, symmetric: bool, channel: bool, shape: tuple[int, int], generator: torch.Generator
 ) -> None:
