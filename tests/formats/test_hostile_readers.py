@@ -152,7 +152,7 @@ def layer(name: str, scheme: Scheme, variant: str = "", permuted: bool = False) 
     """A whole layer in a dialect that wq reads and does not write."""
     one = solution(torch.Generator().manual_seed(0), scheme, OUT, IN)
     zero = None if scheme.symmetric else stream.pack(one.zero.t(), scheme.bits).t().contiguous()
-    order = torch.randperm(IN).to(torch.int32) if permuted else None
+    order = torch.randperm(IN, generator=torch.Generator().manual_seed(1)).to(torch.int32) if permuted else None
     packed = Packed(stream.pack(one.codes, scheme.bits), one.scale, zero, order)
     return name, formats.get(name).from_packed(packed, Stored(name, scheme, (OUT, IN), variant, permuted))
 
@@ -222,7 +222,7 @@ INDICES: dict[str, Callable[[Tensor], Tensor]] = {
     "as many as groups": lambda g: g.index_fill(0, torch.tensor([5]), IN // 32),
     "2**31 - 1": lambda g: g.index_fill(0, torch.tensor([0]), 2**31 - 1),
     "the least": lambda g: g.index_fill(0, torch.tensor([IN - 1]), -(2**31)),
-    "unequal groups": lambda g: g.index_fill(0, torch.tensor([IN - 1]), 0),
+    "unequal groups": lambda g: g.index_fill(0, (g != 0).nonzero()[0], 0),
     "one group": lambda g: torch.zeros_like(g),
 }
 
@@ -385,6 +385,7 @@ CONTRADICTIONS: dict[str, tuple[str, Callable[[Tensors], Any], Callable[[dict[st
     "gptq bits": ("gptq", same, lambda c: c.update(bits=8)),
     "awq bits": ("awq", same, lambda c: c.update(bits=8)),
     "gptq group size": ("gptq", same, lambda c: c.update(group_size=64)),
+    "awq group size": ("awq", same, lambda c: c.update(group_size=64)),
     "compressed-tensors group size": ("compressed-tensors", same, weights(group_size=64)),
     "weight_shape": ("compressed-tensors", put("weight_shape", lambda t: t.flip(0) + 1), same),
 }

@@ -19,7 +19,7 @@ from torch import Tensor
 from wq.errors import CheckpointError, FormatError
 from wq.formats import stored
 from wq.formats.stored import Leaf, Packed, Read, Stored
-from wq.scheme import Scheme
+from wq.scheme import PER_CHANNEL, Scheme
 from wq.solvers import Solution
 from wq_kernels import stream as bits
 
@@ -86,6 +86,8 @@ def inspect(
     groups = scales.shape[0] if scales.shape else 0
     size = stored.group_size(name, in_features, groups)
     stored.agree(name, "bits", 4, stored.declared_values(config, "bits"))
+    if size != PER_CHANNEL:
+        stored.agree(name, "groups of", size, stored.declared_values(config, "group_size"))
     stored.expect(name, leaves, "qweight", (in_features, out_features // 8), torch.int32)
     stored.expect(name, leaves, "scales", (groups, out_features), None)
     stored.expect(name, leaves, "qzeros", (groups, out_features // 8), torch.int32)
