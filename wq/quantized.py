@@ -10,8 +10,9 @@ from typing import Any
 from wq import formats
 from wq.checkpoint import Entry, read_tensor
 from wq.errors import CheckpointError
-from wq.formats import compressed_tensors, gptq
+from wq.formats import awq, compressed_tensors, gptq
 from wq.formats.stored import Stored
+from wq.scheme import STORED_BITS
 from wq_kernels import stream as bit_stream
 
 LEAVES = (*compressed_tensors.LEAVES, *gptq.LEAVES)  # of every format: awq's are among gptq's
@@ -51,7 +52,7 @@ def describe(
     if "weight_packed" not in leaves and "qweight" not in leaves:
         likely = "weight_packed" if any(leaf.startswith("weight_") for leaf in leaves) else "qweight"
         raise CheckpointError(f"{name}.{likely} is missing. Download the checkpoint again.")
-    owner = _owner(leaves, shape)
+    owner = _owner(leaves, shape, config)
     shape = shape or _shape(name, owner, leaves, config)
     stored: Stored = formats.get(owner).inspect(leaves, shape, config, lambda leaf: read_tensor(leaves[leaf]), name)
     width = stored.scheme.bits
@@ -60,13 +61,19 @@ def describe(
     return stored
 
 
-def _owner(leaves: Mapping[str, Entry], shape: tuple[int, int] | None) -> str:
-    """The format. gptq and awq both have a `qweight`: gptq packs it along in_features, awq along out_features."""
+def _owner(leaves: Mapping[str, Entry], shape: tuple[int, int] | None, config: Mapping[str, Any]) -> str:
+    """The format. gptq and awq both have a `qweight`: gptq packs it along in_features, awq along out_features.
+
+    awq's gemv packs it along in_features too, with rows first; only the config tells that.
+    """
     if "weight_packed" in leaves:
         return "compressed-tensors"
+    if config.get("quant_method") == "awq" and awq.version(config) == "gemv":
+        return "awq"
     qweight, scales = leaves["qweight"].shape, leaves["scales"].shape if "scales" in leaves else ()
     out_features = shape[0] if shape else scales[-1] if scales else 0
-    return "awq" if len(qweight) == 2 and qweight[1] == out_features // 8 != 0 else "gptq"
+    packed = {bit_stream.words(out_features, width) for width in STORED_BITS} - {out_features}
+    return "awq" if len(qweight) == 2 and qweight[1] in packed - {0} else "gptq"
 
 
 def _shape(name: str, owner: str, leaves: Mapping[str, Entry], config: Mapping[str, Any]) -> tuple[int, int]:
@@ -81,7 +88,9 @@ def _shape(name: str, owner: str, leaves: Mapping[str, Entry], config: Mapping[s
         if len(qweight) != 2 or len(scales) != 2:
             raise CheckpointError(f"{name}: qweight {list(qweight)} or scales {list(scales)} is not a matrix.")
         out_features, width = scales[1], config.get("bits")
-        if owner == "awq":
+        if owner == "awq" and awq.version(config) == "gemv":
+            out_features, in_features = qweight[0], qweight[1] * 8
+        elif owner == "awq":
             in_features = qweight[0]
         elif "g_idx" in leaves and len(leaves["g_idx"].shape) == 1:
             in_features = leaves["g_idx"].shape[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,13 +13,18 @@ from transformers import AutoModelForCausalLM
 
 from wq.errors import ModelError
 from wq.pipeline import blocks as decoder
-from wq.structure import find_blocks, find_linears
+from wq.structure.linears import find_linears
+from wq.structure.towers import find_towers
 
 TinyModel = Callable[..., Path]
 
 
 def model_of(path: Path) -> nn.Module:
     return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+
+
+def inputs(*batches: Tensor) -> list[dict[str, Any]]:
+    return [{"input_ids": tokens, "use_cache": False} for tokens in batches]
 
 
 GROUPS = {
@@ -32,9 +38,10 @@ GROUPS = {
 @pytest.mark.parametrize("architecture", GROUPS)
 def test_layers_that_share_an_input_are_found_without_a_table(architecture: str, tiny_model: TinyModel) -> None:
     model = model_of(tiny_model(architecture))
-    path, blocks = find_blocks(model, architecture)
-    captured = decoder.capture(model.base_model, blocks, [torch.randint(2, 258, (2, 16))], architecture)
-    linears = find_linears(blocks[0], f"{path}.0", [])
+    (tower,) = find_towers(model, architecture)
+    blocks = tower.blocks
+    captured = decoder.capture(tower.root, blocks, inputs(torch.randint(2, 258, (2, 16))), architecture)
+    linears = find_linears(blocks[0], f"{tower.blocks_path}.0", [])
     groups, producers = decoder.trace(blocks[0], linears, lambda: captured.run(blocks[0], 0, 0))
     short = [sorted(name.rpartition(".")[2] for name in group) for group in groups]
     assert sorted(short) == sorted(sorted(group) for group in GROUPS[architecture])
@@ -45,9 +52,10 @@ def test_layers_that_share_an_input_are_found_without_a_table(architecture: str,
 def test_running_block_by_block_is_running_the_model(architecture: str, tiny_model: TinyModel) -> None:
     """Catches wrong masks, positions and per-layer arguments: Gemma's layers differ in theirs."""
     model = model_of(tiny_model(architecture))
-    _, blocks = find_blocks(model, architecture)
+    (tower,) = find_towers(model, architecture)
+    blocks = tower.blocks
     batches = [torch.randint(2, 258, (3, 40)), torch.randint(2, 258, (1, 40))]  # a short last batch
-    captured = decoder.capture(model.base_model, blocks, batches, architecture)
+    captured = decoder.capture(tower.root, blocks, inputs(*batches), architecture)
     for index, block in enumerate(blocks):
         captured.advance(block, index)
     last: list[Tensor] = []
@@ -98,14 +106,15 @@ class Tampering(nn.Module):
 def test_a_model_that_works_between_its_blocks_is_refused() -> None:
     model = Tampering()
     with pytest.raises(ModelError, match="between blocks 0 and 1"):
-        decoder.capture(model, model.layers, [torch.ones(1, 4, dtype=torch.long)], "tampering")
+        decoder.capture(model, model.layers, inputs(torch.ones(1, 4, dtype=torch.long)), "tampering")
     assert "forward" not in model.layers[0].__dict__  # the blocks are themselves again
 
 
 def test_masks_and_positions_are_kept_once(tiny_model: TinyModel) -> None:
     model = model_of(tiny_model())
-    _, blocks = find_blocks(model, "llama")
-    captured = decoder.capture(model.base_model, blocks, [torch.randint(2, 258, (2, 16)) for _ in range(4)], "llama")
+    (tower,) = find_towers(model, "llama")
+    batches = inputs(*(torch.randint(2, 258, (2, 16)) for _ in range(4)))
+    captured = decoder.capture(tower.root, tower.blocks, batches, "llama")
     cosines = {id(call.kwargs["position_embeddings"][0]) for calls in captured.calls for call in calls}
     assert len(cosines) == 1
 

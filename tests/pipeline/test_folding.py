@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM
 from wq.pipeline import blocks as decoder
 from wq.pipeline import folding
 from wq.pipeline.quantizer import quantize
-from wq.structure import find_blocks, find_linears
+from wq.structure.linears import find_linears
+from wq.structure.towers import find_towers
 
 TinyModel = Callable[..., Path]
 FOLDED = {
@@ -34,10 +35,11 @@ def test_scales_fold_where_the_block_allows_it_and_the_model_stays_the_same(
     ids = torch.randint(2, 258, (2, 24))
     with torch.no_grad():
         before = model(input_ids=ids).logits
-    path, blocks = find_blocks(model, architecture)
-    captured = decoder.capture(model.base_model, blocks, [ids], architecture)
-    block = blocks[0]
-    linears = find_linears(block, f"{path}.0", [])
+    (tower,) = find_towers(model, architecture)
+    inputs = [{"input_ids": ids, "use_cache": False}]
+    captured = decoder.capture(tower.root, tower.blocks, inputs, architecture)
+    block = tower.blocks[0]
+    linears = find_linears(block, f"{tower.blocks_path}.0", [])
     groups, producers = decoder.trace(block, linears, lambda: captured.run(block, 0, 0))
     folded = set()
     for group in groups:

@@ -1,4 +1,4 @@
-"""AWQ `gemm`, as AutoAWQ writes it: 4 bits only, with zero points.
+"""AWQ `gemm`, as AutoAWQ writes it: with zero points, written at 4 bits only.
 
     qweight  int32 [in, out / 8]       packed along out_features
     qzeros   int32 [groups, out / 8]
@@ -6,6 +6,12 @@
 
 The eight columns of a word lie in the order 0 2 4 6 1 3 5 7. A symmetric grid is stored with its zero point 8, which
 every reader understands.
+
+Read as well are other widths, in GPTQModel's and AutoRound's manner, and AutoAWQ's `gemv`, which packs the other way:
+
+    qweight  int32 [out, in / 8]       qzeros  int32 [out, words]       scales  fp16 [out, 8 * words]
+
+with columns and groups in order. `gemv_fast` is not: it rounds `scale * zero` to fp16, which no integer grid has.
 """
 
 from __future__ import annotations
@@ -19,7 +25,7 @@ from torch import Tensor
 from wq.errors import CheckpointError, FormatError
 from wq.formats import stored
 from wq.formats.stored import Leaf, Packed, Read, Stored
-from wq.scheme import PER_CHANNEL, Scheme
+from wq.scheme import PER_CHANNEL, STORED_BITS, Scheme
 from wq.solvers import Solution
 from wq_kernels import stream as bits
 
@@ -77,57 +83,112 @@ def inspect(
     leaves: Mapping[str, Leaf], shape: tuple[int, int], config: Mapping[str, Any] | None, read: Read, name: str
 ) -> Stored:
     """What the tensors of a layer say, as AutoAWQ, GPTQModel and AutoRound write them. Raises CheckpointError."""
-    version = stored.declared(config, "version") or stored.declared(config, "format") or "gemm"
-    if str(version).lower() != "gemm":
-        raise CheckpointError(f"{name}: wq does not read the awq layout {version!r}, only gemm.")
+    layout = version(config)
+    if layout not in ("gemm", "gemv"):
+        raise CheckpointError(f"{name}: wq does not read the awq layout {layout!r}, only gemm and gemv.")
     stored.require(name, leaves, "qweight", "qzeros", "scales")
+    if layout == "gemv":
+        return _inspect_gemv(leaves, shape, config, read, name)
     out_features, in_features = shape
-    scales = leaves["scales"]
+    scales, words = leaves["scales"], leaves["qweight"].shape[-1] if leaves["qweight"].shape else 0
     groups = scales.shape[0] if scales.shape else 0
-    size = stored.group_size(name, in_features, groups)
-    stored.agree(name, "bits", 4, stored.declared_values(config, "bits"))
+    size, _ = stored.group_size(name, in_features, groups)
+    width = words * 32 // out_features
+    if width not in STORED_BITS:
+        raise CheckpointError(f"{name}.qweight is {list(leaves['qweight'].shape)}: no 2 to 8 bits for {list(shape)}.")
+    stored.agree(name, "bits", width, stored.declared_values(config, "bits"))
     if size != PER_CHANNEL:
         stored.agree(name, "groups of", size, stored.declared_values(config, "group_size"))
-    stored.expect(name, leaves, "qweight", (in_features, out_features // 8), torch.int32)
+    words = bits.words(out_features, width)
+    stored.expect(name, leaves, "qweight", (in_features, words), torch.int32)
     stored.expect(name, leaves, "scales", (groups, out_features), None)
-    stored.expect(name, leaves, "qzeros", (groups, out_features // 8), torch.int32)
-    symmetric = bool((_unpack(read("qzeros")) == 8).all())
-    return Stored("awq", stored.scheme_of(name, 4, size, symmetric, scales.dtype), shape)
+    stored.expect(name, leaves, "qzeros", (groups, words), torch.int32)
+    # GPTQModel shuffles columns at 4 bits alone, AutoRound at 5 to 7 too.
+    shuffled = width == 4 or (width in (5, 6, 7) and stored.declared(config, "packing_format") is not None)
+    variant = "" if shuffled else "in order"
+    symmetric = bool((_unpack(read("qzeros"), width, shuffled) == 1 << (width - 1)).all())
+    return Stored("awq", stored.scheme_of(name, width, size, symmetric, scales.dtype), shape, variant)
+
+
+def version(config: Mapping[str, Any] | None) -> str:
+    """The layout that a config names, in lower case; gemm unless it says otherwise."""
+    return str(stored.declared(config, "version") or stored.declared(config, "format") or "gemm").lower()
+
+
+def _inspect_gemv(
+    leaves: Mapping[str, Leaf], shape: tuple[int, int], config: Mapping[str, Any] | None, read: Read, name: str
+) -> Stored:
+    """AutoAWQ's layout for one row of input. Its scales are padded, so that only the config knows the group size."""
+    out_features, in_features = shape
+    said = stored.declared_values(config, "group_size")
+    if len(said) != 1:
+        raise CheckpointError(f"{name}: config.json must say one group_size for the awq layout gemv.")
+    size = said.pop()
+    size = PER_CHANNEL if size in (PER_CHANNEL, in_features) else size
+    scheme = stored.scheme_of(name, 4, size, False, leaves["scales"].dtype)
+    groups = scheme.groups(in_features, name)
+    stored.agree(name, "bits", 4, stored.declared_values(config, "bits"))
+    words = _gemv_words(groups, in_features)
+    stored.expect(name, leaves, "qweight", (out_features, bits.words(in_features, 4)), torch.int32)
+    stored.expect(name, leaves, "scales", (out_features, words * 8), None)
+    stored.expect(name, leaves, "qzeros", (out_features, words), torch.int32)
+    symmetric = bool((bits.unpack(read("qzeros"), 4, groups) == 8).all())
+    return Stored("awq", stored.scheme_of(name, 4, size, symmetric, leaves["scales"].dtype), shape, "gemv")
 
 
 def to_packed(tensors: dict[str, Tensor], info: Stored) -> Packed:
     """Into wq's form."""
-    packed = bits.pack(_unpack(tensors["qweight"]).t().contiguous(), 4)
-    zero = None if info.scheme.symmetric else bits.pack(_unpack(tensors["qzeros"]), 4).t().contiguous()
-    return Packed(packed, tensors["scales"].t().contiguous(), zero)
+    leaves = {leaf: convert_leaf(leaf, tensors[leaf], info) for leaf in LEAVES}
+    return Packed(leaves["qweight"], leaves["scales"], None if info.scheme.symmetric else leaves["qzeros"])
 
 
 def convert_leaf(leaf: str, tensor: Tensor, info: Stored) -> Tensor:
     """One of a layer's tensors as compressed-tensors has it."""
-    if leaf == "qweight":
-        return bits.pack(_unpack(tensor).t().contiguous(), 4)
-    return bits.pack(_unpack(tensor), 4).t().contiguous() if leaf == "qzeros" else tensor.t().contiguous()
+    width = info.scheme.bits
+    if info.variant == "gemv":
+        groups = info.scheme.groups(info.shape[1])
+        if leaf == "qzeros":
+            return bits.pack(bits.unpack(tensor, 4, groups).t().contiguous(), 4).t().contiguous()
+        return tensor[:, :groups].contiguous() if leaf == "scales" else tensor
+    if leaf == "scales":
+        return tensor.t().contiguous()
+    values = _unpack(tensor, width, not info.variant)
+    return bits.pack(values, width).t().contiguous() if leaf == "qzeros" else bits.pack(values.t().contiguous(), width)
 
 
 def from_packed(weight: Packed, info: Stored) -> dict[str, Tensor]:
     """Back to the checkpoint's tensors."""
     out_features, in_features = info.shape
-    codes = bits.unpack(weight.packed, 4, in_features).t()
+    width, groups = info.scheme.bits, weight.scale.shape[1]
     if weight.zero is None:
-        groups = weight.scale.shape[1]
-        points = torch.full((groups, out_features), 8, dtype=torch.uint8, device=codes.device)
+        shape = (groups, out_features)
+        points = torch.full(shape, info.scheme.midpoint, dtype=torch.uint8, device=weight.scale.device)
     else:
-        points = bits.unpack(weight.zero.t().contiguous(), 4, out_features)
-    return {"qweight": _pack(codes), "qzeros": _pack(points), "scales": weight.scale.t().contiguous()}
+        points = bits.unpack(weight.zero.t().contiguous(), width, out_features)
+    if info.variant == "gemv":
+        empty = _gemv_words(groups, in_features) * 8 - groups
+        padded = (torch.nn.functional.pad(rows, (0, empty)) for rows in (points.t(), weight.scale))
+        points, scales = (rows.contiguous() for rows in padded)
+        return {"qweight": weight.packed, "qzeros": bits.pack(points, 4), "scales": scales}
+    codes = bits.unpack(weight.packed, width, in_features).t()
+    qweight, qzeros = (_pack(values.contiguous(), width, not info.variant) for values in (codes, points))
+    return {"qweight": qweight, "qzeros": qzeros, "scales": weight.scale.t().contiguous()}
 
 
-def _pack(values: Tensor) -> Tensor:
+def _gemv_words(groups: int, in_features: int) -> int:
+    """Words of zero points in a row of gemv: rows of small groups are padded to a multiple of two or four."""
+    words, step = bits.words(groups, 4), {32: 4, 64: 2}.get(in_features // groups, 1)
+    return -(-words // step) * step
+
+
+def _pack(values: Tensor, width: int = 4, shuffled: bool = True) -> Tensor:
     rows, count = values.shape
-    ordered = values.reshape(rows, count // 8, 8)[..., list(_ORDER)]
-    return bits.pack(ordered.reshape(rows, count), 4)
+    if shuffled:
+        values = values.reshape(rows, count // 8, 8)[..., list(_ORDER)].reshape(rows, count)
+    return bits.pack(values, width)
 
 
-def _unpack(stream: Tensor) -> Tensor:
-    rows, width = stream.shape
-    ordered = bits.unpack(stream, 4, width * 8).reshape(rows, width, 8)
-    return ordered[..., list(_INVERSE)].reshape(rows, width * 8)
+def _unpack(stream: Tensor, width: int = 4, shuffled: bool = True) -> Tensor:
+    rows, count = stream.shape[0], stream.shape[1] * 32 // width
+    values = bits.unpack(stream, width, count)
+    return values.reshape(rows, count // 8, 8)[..., list(_INVERSE)].reshape(rows, count) if shuffled else values

@@ -96,7 +96,7 @@ def inspect(
     said = declared_weights(config, name)
     width, variant = _width(packed.shape[-1] if packed.shape else 0, in_features, _numbers(said, "num_bits"), name)
     groups = scale.shape[-1] if len(scale.shape) == 2 else 0
-    size = stored.group_size(name, in_features, groups)
+    size, _ = stored.group_size(name, in_features, groups)
     count = _aligned_words if variant else bits.words
     stored.expect(name, leaves, "weight_packed", (out_features, count(in_features, width)), torch.int32)
     stored.expect(name, leaves, "weight_scale", (out_features, groups), None)

@@ -8,7 +8,7 @@
 Version 1 stores `zero - 1`, and readers disagree about the zero point 0, which it stores as all ones. So version 1 is
 written for symmetric grids only, and version 2 (`checkpoint_format: gptq_v2`), which stores the zero point itself, for
 asymmetric ones. Version 1 is read as GPTQModel does: 2-, 4- and 8-bit words are added to as a whole, carries included,
-which undoes how it writes them; 3-bit fields one by one.
+which undoes how it writes them; fields of other widths one by one. AutoRound's 5, 6 and 7 bits are read, too.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from wq_kernels import stream as bits
 QUANT_METHOD = "gptq"
 LEAVES = ("qweight", "qzeros", "scales", "g_idx")
 _BITS = (2, 3, 4, 8)
+_AUTO_ROUND_BITS = (5, 6, 7)  # as one stream; GPTQModel has another layout for them
 _VERSION_2 = ("gptq_v2", "auto_round", "auto_round:gptqmodel")  # GPTQModel's and AutoRound's names for it
 _VERSION_1 = ("gptq", "auto_round:auto_gptq", None)
 
@@ -98,28 +99,31 @@ def inspect(
     out_features, in_features = shape
     rows = leaves["qweight"].shape[0] if leaves["qweight"].shape else 0
     width = rows * 32 // in_features
-    if width not in _BITS:
+    known = _BITS + _AUTO_ROUND_BITS if str(layout).startswith("auto_round") else _BITS
+    if width not in known:
         raise CheckpointError(f"{name}.qweight is {list(leaves['qweight'].shape)}: no 2, 3, 4 or 8 bits for {shape}.")
     scales = leaves["scales"]
     groups = scales.shape[0] if scales.shape else 0
-    size = stored.group_size(name, in_features, groups)
+    said = stored.declared_values(config, "group_size")
+    size, ragged = stored.group_size(name, in_features, groups, said)
     stored.expect(name, leaves, "qweight", (bits.words(in_features, width), out_features), torch.int32)
     stored.expect(name, leaves, "scales", (groups, out_features), None)
     stored.expect(name, leaves, "qzeros", (groups, bits.words(out_features, width)), torch.int32)
     stored.agree(name, "bits", width, stored.declared_values(config, "bits"))
     if size != PER_CHANNEL:
-        stored.agree(name, "groups of", size, stored.declared_values(config, "group_size"))
+        stored.agree(name, "groups of", ragged or size, said)
     if stored.declared(config, "desc_act") is True and groups > 1:
         stored.require(name, leaves, "g_idx")
     permuted = False
     if "g_idx" in leaves:
         stored.expect(name, leaves, "g_idx", (in_features,), torch.int32)
-        permuted = stored.column_order(name, read("g_idx"), in_features, groups) is not None
+        permuted = stored.column_order(name, read("g_idx"), in_features, groups, ragged) is not None
     version = "2" if layout in _VERSION_2 else "1"
     zero = _zero_points(read("qzeros"), width, out_features, version)
     symmetric = bool((zero == 1 << (width - 1)).all())
     variant = version if "g_idx" in leaves else f"{version} without g_idx"
-    return Stored("gptq", stored.scheme_of(name, width, size, symmetric, scales.dtype), shape, variant, permuted)
+    scheme = stored.scheme_of(name, width, size, symmetric, scales.dtype)
+    return Stored("gptq", scheme, shape, variant, permuted, ragged)
 
 
 def to_packed(tensors: dict[str, Tensor], info: Stored) -> Packed:
@@ -129,61 +133,63 @@ def to_packed(tensors: dict[str, Tensor], info: Stored) -> Packed:
     packed = tensors["qweight"].t().contiguous()
     order = None
     if info.permuted:
-        order = stored.column_order("", tensors["g_idx"].cpu(), in_features, groups)
+        order = stored.column_order("", tensors["g_idx"].cpu(), in_features, groups, info.ragged)
         assert order is not None
         order = order.to(packed.device)
         packed = bits.pack(bits.unpack(packed, width, in_features)[:, order.long()], width)
     zero = None
     if not info.scheme.symmetric:
         points = _zero_points(tensors["qzeros"], width, out_features, info.variant[0])
-        zero = bits.pack(points, width).t().contiguous()
-    return Packed(packed, tensors["scales"].t().contiguous(), zero, order)
+        zero = stored.finer(bits.pack(points, width).t(), info).contiguous()
+    return Packed(packed, stored.finer(tensors["scales"].t(), info).contiguous(), zero, order)
 
 
 def convert_leaf(leaf: str, tensor: Tensor, info: Stored) -> Tensor:
     """One of a layer's tensors as compressed-tensors has it, for layers whose columns are in order."""
     if leaf == "qzeros":
         points = _zero_points(tensor, info.scheme.bits, info.shape[0], info.variant[0])
-        return bits.pack(points, info.scheme.bits).t().contiguous()
-    return tensor.t().contiguous()
+        return stored.finer(bits.pack(points, info.scheme.bits).t(), info).contiguous()
+    return (stored.finer(tensor.t(), info) if leaf == "scales" else tensor.t()).contiguous()
 
 
 def from_packed(weight: Packed, info: Stored) -> dict[str, Tensor]:
     """Back to the checkpoint's tensors."""
     out_features, in_features = info.shape
-    width, groups = info.scheme.bits, weight.scale.shape[1]
-    packed = weight.packed
+    width, packed, scale = info.scheme.bits, weight.packed, stored.coarser(weight.scale, info)
+    groups = scale.shape[1]
     if weight.permutation is not None:
         codes = bits.unpack(packed, width, in_features)
         packed = bits.pack(torch.empty_like(codes).index_copy_(1, weight.permutation.long(), codes), width)
     if weight.zero is None:
         points = torch.full((groups, out_features), info.scheme.midpoint, dtype=torch.uint8, device=packed.device)
     else:
-        points = bits.unpack(weight.zero.t().contiguous(), width, out_features)
+        points = bits.unpack(stored.coarser(weight.zero, info).t().contiguous(), width, out_features)
     tensors = {
         "qweight": packed.t().contiguous(),
         "qzeros": _store_zero_points(points, width, info.variant[0]),
-        "scales": weight.scale.t().contiguous(),
+        "scales": scale.t().contiguous(),
     }
     if "without" not in info.variant:
-        tensors["g_idx"] = stored.group_index(weight.permutation, in_features, groups).to(packed.device)
+        tensors["g_idx"] = stored.group_index(weight.permutation, in_features, groups, info.ragged).to(packed.device)
     return tensors
 
 
 def _zero_points(qzeros: Tensor, width: int, out_features: int, version: str) -> Tensor:
     """uint8 `[groups, out]`."""
-    if version == "1" and width != 3:
+    aligned = 32 % width == 0
+    if version == "1" and aligned:
         qzeros = qzeros + _ones(width)
     points = bits.unpack(qzeros, width, out_features)
-    return (points + 1) & 7 if version == "1" and width == 3 else points
+    return points if version == "2" or aligned else (points + 1) & ((1 << width) - 1)
 
 
 def _store_zero_points(points: Tensor, width: int, version: str) -> Tensor:
     """The inverse of `_zero_points`."""
-    if version == "1" and width == 3:
-        points = (points + 7) & 7
+    aligned = 32 % width == 0
+    if version == "1" and not aligned:
+        points = (points - 1) & ((1 << width) - 1)
     qzeros = bits.pack(points, width)
-    return qzeros - _ones(width) if version == "1" and width != 3 else qzeros
+    return qzeros - _ones(width) if version == "1" and aligned else qzeros
 
 
 def _ones(width: int) -> int:

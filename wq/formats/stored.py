@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from math import gcd
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -49,7 +50,8 @@ class Stored:
     """What reading one layer takes, and writing the same bytes again.
 
     format: a name in FORMATS. shape: of the weight, `(out, in)`. variant: which of its dialects. permuted: whether the
-    columns were quantized in another order than the input's.
+    columns were quantized in another order than the input's. ragged: how many columns a group has on disk where that
+    does not divide the row and the last group has fewer; the scheme then has smaller groups, which share their scales.
     """
 
     format: str
@@ -57,6 +59,7 @@ class Stored:
     shape: tuple[int, int]
     variant: str = ""
     permuted: bool = False
+    ragged: int = 0
 
 
 def expect(name: str, leaves: Mapping[str, Leaf], leaf: str, shape: tuple[int, ...], dtype: torch.dtype | None) -> None:
@@ -80,11 +83,31 @@ def require(name: str, leaves: Mapping[str, Leaf], *needed: str) -> None:
             raise CheckpointError(f"{name}.{leaf} is missing. Download the checkpoint again.")
 
 
-def group_size(name: str, in_features: int, groups: int) -> int:
-    """The group size that so many groups mean. Raises CheckpointError when they do not divide the row."""
+def group_size(name: str, in_features: int, groups: int, said: set[int] | None = None) -> tuple[int, int]:
+    """The group size that so many groups mean, and 0; or, where the last group has fewer columns than `said`, the
+    largest size that divides all of them, and what was said.
+
+    Raises CheckpointError when they do not divide the row.
+    """
+    for size in sorted(said or ()):
+        if 0 < size < in_features and in_features % size and -(-in_features // size) == groups:
+            return gcd(size, in_features), size
     if groups < 1 or in_features % groups:
         raise CheckpointError(f"{name}: {groups} groups do not divide in_features {in_features}.")
-    return PER_CHANNEL if groups == 1 else in_features // groups
+    return (PER_CHANNEL if groups == 1 else in_features // groups), 0
+
+
+def finer(values: Tensor, info: Stored) -> Tensor:
+    """Scales or zero points `[rows, groups on disk]` for the groups of the scheme, `[rows, groups]`."""
+    if not info.ragged:
+        return values
+    first_columns = torch.arange(0, info.shape[1], info.scheme.group_size, device=values.device)
+    return values.index_select(1, first_columns // info.ragged)
+
+
+def coarser(values: Tensor, info: Stored) -> Tensor:
+    """The inverse of `finer`."""
+    return values[:, :: info.ragged // info.scheme.group_size].contiguous() if info.ragged else values
 
 
 def agree(name: str, what: str, found: int, said: set[int]) -> None:
@@ -110,10 +133,11 @@ def scheme_of(name: str, bits: int, size: int, symmetric: bool, dtype: torch.dty
     return Scheme(bits, size, symmetric, str(dtype).removeprefix("torch."))
 
 
-def column_order(name: str, g_idx: Tensor, in_features: int, groups: int) -> Tensor | None:
+def column_order(name: str, g_idx: Tensor, in_features: int, groups: int, ragged: int = 0) -> Tensor | None:
     """The permutation that sorts columns by group, int32 `[in]`, or None when they are sorted already.
 
-    Raises CheckpointError for an index outside of the groups, and for groups of unequal size.
+    Raises CheckpointError for an index outside of the groups, and for groups of other sizes than they must have:
+    all equal, or `ragged` each and the rest in the last.
     """
     outside = (g_idx < 0) | (g_idx >= groups)
     if outside.any():
@@ -123,22 +147,28 @@ def column_order(name: str, g_idx: Tensor, in_features: int, groups: int) -> Ten
             "The file is damaged, or not what it says."
         )
     sizes = torch.bincount(g_idx.long(), minlength=groups)
-    if (sizes != in_features // groups).any():
-        group = int((sizes != in_features // groups).nonzero()[0])
+    wanted = torch.bincount(_in_order(in_features, groups, ragged), minlength=groups)
+    if (sizes != wanted).any():
+        group = int((sizes != wanted).nonzero()[0])
         raise CheckpointError(
-            f"{name}: group {group} has {int(sizes[group])} columns; every group must have {in_features // groups}."
+            f"{name}: group {group} has {int(sizes[group])} columns; every group must have {int(wanted[group])}."
         )
     if bool((g_idx[1:] >= g_idx[:-1]).all()):
         return None
     return torch.argsort(g_idx.long(), stable=True).to(torch.int32)
 
 
-def group_index(permutation: Tensor | None, in_features: int, groups: int) -> Tensor:
+def group_index(permutation: Tensor | None, in_features: int, groups: int, ragged: int = 0) -> Tensor:
     """The inverse of `column_order`: int32 `[in]`, the group of each input column."""
-    sorted_groups = (torch.arange(in_features) // (in_features // groups)).to(torch.int32)
+    sorted_groups = _in_order(in_features, groups, ragged).to(torch.int32)
     if permutation is None:
         return sorted_groups
     return torch.empty_like(sorted_groups).index_copy_(0, permutation.long().cpu(), sorted_groups)
+
+
+def _in_order(in_features: int, groups: int, ragged: int) -> Tensor:
+    """The group of each column where they are in order, int64 `[in]`."""
+    return torch.arange(in_features) // (ragged or in_features // groups)
 
 
 def declared(config: Mapping[str, Any] | None, name: str) -> Any:

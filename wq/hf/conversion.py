@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import ConversionOps
+from transformers.pytorch_utils import Conv1D
 
 from wq import formats
 from wq.formats import compressed_tensors
@@ -18,6 +19,7 @@ from wq.hf import experts
 from wq.layers import WqLinear
 from wq.scheme import Scheme
 from wq.solvers import rtn
+from wq.structure.linears import is_transposed, shape_of
 
 if TYPE_CHECKING:
     from wq.hf.quantizer import WqQuantizer
@@ -45,10 +47,24 @@ def single(values: dict[str, Any]) -> dict[str, Tensor]:
 
 def packed_like(dense: Any, scheme: Scheme, scale: torch.dtype, permuted: bool = False) -> WqLinear:
     """An empty `WqLinear` in the place of `dense`, with its bias."""
-    in_features, out_features = dense.in_features, dense.out_features
+    out_features, in_features = shape_of(dense)
     layer = WqLinear(in_features, out_features, dense.bias is not None, scheme, scale, permuted)
+    layer.transposed = is_transposed(dense)
     layer.bias = dense.bias
     return layer
+
+
+def dense_like(layer: WqLinear, dtype: torch.dtype | None) -> nn.Module:
+    """The dense layer that a `WqLinear` stands for, of the class that it replaced."""
+    with torch.device("meta"):
+        if layer.transposed:
+            dense: Any = Conv1D(layer.out_features, layer.in_features)
+        else:
+            dense = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
+    weight = layer.dequantize(dtype)
+    dense.weight = nn.Parameter(weight.t().contiguous() if layer.transposed else weight, requires_grad=False)
+    dense.bias = layer.bias
+    return dense
 
 
 class Quantize(_Operation):
@@ -63,8 +79,9 @@ class Quantize(_Operation):
             return self._experts(weight, full_layer_name, model)
         path = full_layer_name.removesuffix(".weight")
         scheme = self.hf_quantizer.schemes[path]
-        solution = rtn.solve(weight, None, scheme)
-        model.set_submodule(path, packed_like(model.get_submodule(path), scheme, solution.scale.dtype))
+        dense = model.get_submodule(path)
+        solution = rtn.solve(weight.t() if is_transposed(dense) else weight, None, scheme)
+        model.set_submodule(path, packed_like(dense, scheme, solution.scale.dtype))
         packed = compressed_tensors.pack(solution, scheme)
         return {f"{path}.{leaf}": tensor for leaf, tensor in packed.items() if leaf != "weight_shape"}
 
@@ -132,7 +149,9 @@ class Dequantize(_Operation):
             return input_dict
         if known is None:
             return {full_layer_name: tensors["weight"].to(dtype)}
-        return {full_layer_name: dense(read(tensors, known), known, dtype)}
+        weight = dense(read(tensors, known), known, dtype)
+        turned = is_transposed(model.get_submodule(full_layer_name.rpartition(".")[0]))
+        return {full_layer_name: weight.t().contiguous() if turned else weight}
 
     def _direct(self, input_dict: dict[str, Any], stored: Stored, dtype: torch.dtype, transposed: bool) -> Tensor:
         """3-D packed tensors to a 3-D parameter."""

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
@@ -27,13 +26,13 @@ from wq.formats import compressed_tensors
 from wq.formats.stored import Packed, Stored
 from wq.layers import ExpertWeight, experts
 from wq.scheme import Scheme
+from wq.structure.experts import PROJECTIONS, Projection, arrange, is_experts, projection
 from wq_kernels import layout as tiles
 from wq_kernels import stream as bits
 
 if TYPE_CHECKING:
     from wq.hf.quantizer import WqQuantizer
 
-PROJECTIONS = ("gate_up_proj", "up_proj", "down_proj")
 _SUFFIX = {"weight_packed": "_packed", "weight_scale": "_scale", "weight_zero_point": "_zero_point"}
 _SHAPE = {"weight_shape": "_shape"}  # written for other readers; wq knows it from the model
 _FOREIGN = {"qweight": "weight_packed", "scales": "weight_scale", "qzeros": "weight_zero_point"}
@@ -52,37 +51,9 @@ class Fused:
     pieces: tuple[tuple[str, ...], ...]
 
 
-@dataclass(frozen=True)
-class Projection:
-    """A 3-D parameter as a stack of matrices."""
-
-    experts: int
-    out_features: int
-    in_features: int
-    transposed: bool
-
-
-def find(model: nn.Module, keep: Iterable[re.Pattern[str]] = (), width: int = 4) -> dict[str, Projection]:
-    """The parameters of experts that can be packed with so many bits, by path."""
-    keep = tuple(keep)
-    if not tiles.supports(width):
-        return {}
-    return {
-        f"{path}.{name}": projection(module, name)
-        for path, module in model.named_modules()
-        if hasattr(module, "is_transposed") and hasattr(module, "has_gate")
-        for name in PROJECTIONS
-        if isinstance(getattr(module, name, None), nn.Parameter)
-        and getattr(module, name).ndim == 3
-        and not any(pattern.search(f"{path}.{name}") for pattern in keep)
-    }
-
-
-def projection(module: Any, name: str) -> Projection:
-    """A parameter's shape as matrices `[out, in]`."""
-    count, rows, columns = getattr(module, name).shape
-    transposed = bool(module.is_transposed)
-    return Projection(count, *((columns, rows) if transposed else (rows, columns)), transposed)
+def packable(width: int) -> bool:
+    """Whether experts can stay packed with so many bits."""
+    return tiles.supports(width)
 
 
 # --- reading headers ---
@@ -105,7 +76,7 @@ def split_names(model: nn.Module, entries: Mapping[str, Entry]) -> tuple[dict[st
 def piece_shape(model: nn.Module, target: str, leaves: Mapping[str, Entry], prefix: str) -> tuple[int, int]:
     """`(out, in)` of one matrix that is merged into `target`. Raises CheckpointError."""
     path, _, name = target.rpartition(".")
-    if name not in PROJECTIONS or not hasattr(model.get_submodule(path), "is_transposed"):
+    if name not in PROJECTIONS or not is_experts(model.get_submodule(path)):
         raise CheckpointError(f"{prefix} has packed weights, and {target} is made of several; wq cannot join those.")
     shape = projection(model.get_submodule(path), name)
     scale = leaves.get("weight_scale") or leaves.get("scales")
@@ -128,23 +99,13 @@ def common(model: PreTrainedModel, target: str, pieces: Mapping[str, Stored]) ->
     stored = first[1]
     if stored.permuted:
         raise CheckpointError(f"{first[0]}: experts with their columns in another order (act-order) are not supported.")
-    order = _source_names(model, target)
-    table: list[dict[int, str]] = [{} for _ in order]
-    for prefix in pieces:
-        *_, index, leaf = re.split(r"\.", prefix)
-        if leaf not in order or not index.isdigit():
-            raise CheckpointError(f"{prefix} is no piece of {target}, which joins {order}.")
-        table[order.index(leaf)][int(index)] = prefix
-    for leaf, row in zip(order, table, strict=True):
-        absent = [index for index in range(whole.experts) if index not in row]
-        if absent:
-            raise CheckpointError(f"{target}: expert {absent[0]} has no packed {leaf}. Download the checkpoint again.")
-    rows = stored.shape[0] * len(order)
-    if rows != whole.out_features or bits.words(stored.shape[0], stored.scheme.bits) * len(order) != bits.words(
+    table = arrange(model, target, pieces, whole.experts)
+    rows = stored.shape[0] * len(table)
+    if rows != whole.out_features or bits.words(stored.shape[0], stored.scheme.bits) * len(table) != bits.words(
         rows, stored.scheme.bits
     ):
         raise CheckpointError(f"{target} has {whole.out_features} rows; its pieces have {stored.shape[0]} each.")
-    return Fused(stored, tuple(tuple(row[index] for index in range(whole.experts)) for row in table))
+    return Fused(stored, tuple(map(tuple, table)))
 
 
 def inspect_direct(model: nn.Module, target: str, leaves: Mapping[str, Entry]) -> Fused:
@@ -179,16 +140,6 @@ def _check_tiles(target: str, scheme: Scheme, whole: Projection) -> None:
             f"{target}: packed experts have 2, 4 or 8 bits in groups of 32 · 2ⁿ columns, not {scheme.bits} bits in "
             f"groups of {scheme.group_size}. Load it with WqConfig(dequantize=True)."
         )
-
-
-def _source_names(model: PreTrainedModel, target: str) -> list[str]:
-    """The names of the projections that are joined in a parameter, in order: w1, w3."""
-    for converter in get_model_conversion_mapping(model):
-        if isinstance(converter, WeightConverter):
-            ends = [pattern.replace("*.", "").strip("^$") for pattern in converter.target_patterns]
-            if any(target.endswith(end) for end in ends):
-                return [re.sub(r"\W", "", pattern.split(".")[-2]) for pattern in converter._original_source_patterns]
-    raise CheckpointError(f"{target} is not merged from other tensors.")
 
 
 # --- parameters, while they load ---

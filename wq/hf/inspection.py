@@ -14,7 +14,8 @@ from wq.checkpoint import Entry
 from wq.errors import CheckpointError
 from wq.formats.stored import Stored
 from wq.hf import experts
-from wq.structure import is_linear, map_names
+from wq.structure.linears import is_linear, shape_of
+from wq.structure.names import map_names
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def _shape(model: nn.Module, path: str) -> tuple[int, int]:
     if layer is None or not is_linear(layer):
         what = "is not in the model" if layer is None else f"is a {type(layer).__name__}, not an nn.Linear"
         raise CheckpointError(f"{path} has packed weights but {what}.")
-    return layer.out_features, layer.in_features
+    return shape_of(layer)
 
 
 def _refuse(model: nn.Module, what: str, names: list[str]) -> None:

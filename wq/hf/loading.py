@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from wq.errors import CheckpointError, FormatError, ModelError, first_line
 from wq.hf.config import WqConfig
+from wq.structure.towers import model_class
 
 
 def load(
@@ -30,24 +31,28 @@ def load(
     name = os.fspath(model)
     path = Path(name).expanduser()
     options: dict[str, Any] = {"dtype": dtype, "revision": revision}
+    kind: Any = AutoModelForCausalLM
     location: dict[str, Any] = {"pretrained_model_name_or_path": str(path) if path.exists() else name}
     if path.suffix == ".gguf" and path.is_file():
         location = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
         options["quantization_config"] = GgufConfig(dequantize=True)
         if dtype == "auto":
             options["dtype"] = torch.float32
-    elif _is_quantized(location["pretrained_model_name_or_path"], revision):
-        options["quantization_config"] = WqConfig()
+    else:
+        config = _config(location["pretrained_model_name_or_path"], revision)
+        kind = model_class(config)
+        if getattr(config, "quantization_config", None) is not None:
+            options["quantization_config"] = WqConfig()
     try:
         with _quiet():
-            loaded = AutoModelForCausalLM.from_pretrained(**location, **options)
+            loaded = kind.from_pretrained(**location, **options)
             tokenizer = AutoTokenizer.from_pretrained(**location, revision=revision)
     except (OSError, ValueError) as error:
         if isinstance(error, (CheckpointError, FormatError)):
             raise
         raise ModelError(f"{name} could not be loaded ({first_line(error)}).") from error
     if device is not None:
-        loaded.to(device)  # type: ignore[arg-type]
+        loaded.to(device)
     return loaded, tokenizer
 
 
@@ -63,9 +68,8 @@ def _quiet() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def _is_quantized(name: str, revision: str | None) -> bool:
+def _config(name: str, revision: str | None) -> PreTrainedConfig:
     try:
-        config = AutoConfig.from_pretrained(name, revision=revision)
+        return AutoConfig.from_pretrained(name, revision=revision)
     except (OSError, ValueError) as error:
         raise ModelError(f"{name} is no model that transformers can load ({first_line(error)}).") from error
-    return getattr(config, "quantization_config", None) is not None

@@ -23,12 +23,14 @@ from wq.formats import compressed_tensors
 from wq.formats.stored import Packed, Stored
 from wq.hf import experts
 from wq.hf.config import METHOD, WqConfig
-from wq.hf.conversion import PARAMETERS, Dequantize, Quantize, Unpack, is_own, packed_like
+from wq.hf.conversion import PARAMETERS, Dequantize, Quantize, Unpack, dense_like, is_own, packed_like
 from wq.hf.inspection import inspect
 from wq.layers import WqLinear
 from wq.quantized import LEAVES
 from wq.scheme import Scheme
-from wq.structure import auto_group_size, find_blocks, find_linears, patterns
+from wq.structure.experts import find_experts
+from wq.structure.linears import auto_group_size, find_linears, is_linear, patterns, shape_of
+from wq.structure.towers import find_blocks
 
 
 @register_quantizer(METHOD)
@@ -67,15 +69,15 @@ class WqQuantizer(HfQuantizer):
     def _prepare_dense(self, model: PreTrainedModel) -> None:
         """Choose the layers to quantize on load; they turn into `WqLinear` one by one as their weights arrive."""
         config = self.quantization_config
-        path, blocks = find_blocks(model, type(model).__name__)
         keep = patterns(config.keep)
-        linears: dict[str, nn.Linear] = {}
-        for index, block in enumerate(blocks):
-            found = find_linears(block, f"{path}.{index}", keep)
-            linears |= {f"{path}.{index}.{name}": linear for name, linear in found.items()}
-        fused = experts.find(model, keep, config.bits)
-        sizes = {name: linear.in_features for name, linear in linears.items()}
-        sizes |= {name: projection.in_features for name, projection in fused.items()}
+        sizes: dict[str, int] = {}  # in_features
+        for path, block in find_blocks(model, type(model).__name__):
+            for name, linear in find_linears(block, path, keep).items():
+                sizes[f"{path}.{name}"] = shape_of(linear)[1]
+            if experts.packable(config.bits):
+                found = {f"{path}.{name}": size for name, size in find_experts(block, path, keep).items()}
+                sizes |= {name: projection.in_features for name, projection in found.items()}
+                self.fused |= set(found)
         if not sizes:
             raise ModelError(f"{type(model).__name__}: keep={list(config.keep)} leaves no layer to quantize.")
         dtype = str(torch.get_default_dtype()).removeprefix("torch.")
@@ -84,8 +86,7 @@ class WqQuantizer(HfQuantizer):
         for name, in_features in sizes.items():
             scheme.groups(in_features, name)
             self.schemes[name] = scheme
-        self.fused = set(fused)
-        dense = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n not in linears]
+        dense = [n for n, m in model.named_modules() if (isinstance(m, nn.Linear) or is_linear(m)) and n not in sizes]
         config.checkpoint = compressed_tensors.config(scheme, dense)
 
     def _prepare_packed(self, model: PreTrainedModel, files: list[str]) -> None:
@@ -194,12 +195,7 @@ class WqQuantizer(HfQuantizer):
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         for name, layer in list(model.named_modules()):
             if isinstance(layer, WqLinear):
-                with torch.device("meta"):
-                    dense = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
-                dense.weight = nn.Parameter(layer.dequantize(dtype), requires_grad=False)
-                if layer.bias is not None:
-                    dense.bias = layer.bias
-                model.set_submodule(name, dense)
+                model.set_submodule(name, dense_like(layer, dtype))
         experts.dequantize(model, dtype)
         return model
 

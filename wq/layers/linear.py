@@ -91,6 +91,7 @@ class WqLinear(nn.Linear):
         nn.Module.__init__(self)
         self.in_features, self.out_features, self.scheme = in_features, out_features, scheme
         self.layout = ops.STREAM
+        self.transposed = False  # whether the layer in whose place it stands has its weight as [in, out]
         self._is_hf_initialized = True
         groups = scheme.groups(in_features)
         scale = dtype or torch.get_default_dtype()

@@ -1,8 +1,8 @@
-"""A decoder as a row of blocks: find them, catch what goes into them, run one at a time.
+"""A model as a row of blocks: catch what goes into them, run one at a time, see which layers share an input.
 
-No table of models. The blocks are the module list that holds most of the linear weights. What a model passes to each
-block (masks, positions) is caught by running the model once with every block replaced by a recorder that hands its
-input on unchanged, so the embedding and whatever else surrounds the blocks is the model's own code.
+No table of models. What a model passes to each block (masks, positions) is caught by running the module around the
+blocks, its root, once with every block replaced by a recorder that hands its input on unchanged. So the embedding and
+whatever else surrounds the blocks is the model's own code.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from wq.errors import ModelError
 from wq.solvers import Statistics
+from wq.structure.linears import is_linear, matrix
 
 
 @dataclass
@@ -32,11 +33,14 @@ class Captured:
     """The stream of hidden states in front of the blocks, and how to call each of them.
 
     hidden: one `[batch, tokens, hidden_size]` for each batch. calls: `calls[block][batch]`.
+    rest: for each batch what the first block returned after the hidden states (T5's later blocks are handed its
+    position bias), or None if it returned these alone, without a tuple.
     keyword: the name hidden states are passed by, or None if they come first.
     """
 
     hidden: list[Tensor]
     calls: list[list[Call]]
+    rest: list[tuple[Any, ...] | None]
     keyword: str | None = None
 
     def run(self, block: nn.Module, index: int, batch: int) -> Tensor:
@@ -47,6 +51,11 @@ class Captured:
         else:
             out = block(*call.args, **{self.keyword: self.hidden[batch]}, **call.kwargs)
         return out[0] if isinstance(out, tuple) else out
+
+    def returned(self, batch: int, hidden: Tensor) -> Any:
+        """Hidden states as a block returns them."""
+        rest = self.rest[batch]
+        return hidden if rest is None else (hidden, *rest)
 
     def advance(self, block: nn.Module, index: int) -> None:
         """Replace the hidden states by the block's output."""
@@ -59,20 +68,48 @@ class _Stop(Exception):
 
 
 @torch.no_grad()
-def capture(model: nn.Module, blocks: nn.ModuleList, batches: Iterable[Tensor], name: str) -> Captured:
-    """Run the model around its blocks on token batches `[batch, tokens]`; block 0 and all outside must be loaded.
+def capture(root: nn.Module, blocks: nn.ModuleList, inputs: Iterable[dict[str, Any]], name: str) -> Captured:
+    """Run the root of some blocks on each of `inputs`; block 0 and all of the root outside of blocks must be loaded.
 
     Raises ModelError if the model changes hidden states between blocks, which a block-by-block run would miss.
     """
-    captured = Captured([], [[] for _ in blocks])
+    captured = Captured([], [[] for _ in blocks], [])
     recorder = _Recorder(captured, name)
-    with recorder.installed(blocks):
-        for tokens in batches:
+    with _replaced(blocks, recorder.stand_in):
+        for call in inputs:
             recorder.begin()
-            model(input_ids=tokens, use_cache=False)
+            root(**call)
             if recorder.seen != len(blocks):
                 raise ModelError(f"{name}: {recorder.seen} of {len(blocks)} blocks ran; wq needs all of them in a row.")
     return captured
+
+
+@torch.no_grad()
+def finish(
+    root: nn.Module, blocks: nn.ModuleList, inputs: Iterable[dict[str, Any]], captured: Captured
+) -> list[Tensor]:
+    """What the root makes of the current hidden states, as if its last block had returned them; one for each input."""
+    results = []
+    for batch, call in enumerate(inputs):
+        ready = captured.returned(batch, captured.hidden[batch])
+        with _replaced(blocks, lambda index, original, ready=ready: lambda *args, **kwargs: ready):  # type: ignore[misc]
+            results.append(root(**call)[0])
+    return results
+
+
+@contextmanager
+def _replaced(
+    blocks: nn.ModuleList, stand_in: Callable[[int, Callable[..., Any]], Callable[..., Any]]
+) -> Iterator[None]:
+    """With the `forward` of every block replaced by `stand_in(index, original)`."""
+    originals = [block.forward for block in blocks]
+    try:
+        for index, block in enumerate(blocks):
+            block.forward = stand_in(index, originals[index])
+        yield
+    finally:
+        for block in blocks:
+            del block.forward  # the class's own shows again
 
 
 @dataclass
@@ -82,33 +119,29 @@ class _Recorder:
     captured: Captured
     name: str
     seen: int = 0
-    as_tuple: bool | None = None
     last: Tensor | None = None
     pool: list[Tensor] = field(default_factory=list)
-
-    @contextmanager
-    def installed(self, blocks: nn.ModuleList) -> Iterator[None]:
-        originals = [block.forward for block in blocks]
-        try:
-            for index, block in enumerate(blocks):
-                block.forward = self._stand_in(index, originals[index])
-            yield
-        finally:
-            for block in blocks:
-                del block.forward  # the class's own shows again
 
     def begin(self) -> None:
         self.seen, self.last = 0, None
 
-    def _stand_in(self, index: int, original: Callable[..., Any]) -> Callable[..., Any]:
+    def stand_in(self, index: int, original: Callable[..., Any]) -> Callable[..., Any]:
         def record(*args: Any, **kwargs: Any) -> Any:
             hidden = self._take(index, args, kwargs)
-            if self.as_tuple is None:  # how this model's blocks return is only known from one that ran
-                self.as_tuple = isinstance(original(*args, **kwargs), tuple)
+            if index == 0:
+                self.captured.rest.append(self._rest(original, args, kwargs))
             self.seen, self.last = self.seen + 1, hidden
-            return (hidden,) if self.as_tuple else hidden
+            return self.captured.returned(-1, hidden)
 
         return record
+
+    def _rest(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """How blocks return is only known from one that ran; what else they return may differ from batch to batch."""
+        known = self.captured.rest
+        if known and not any(isinstance(value, Tensor) for value in known[-1] or ()):
+            return known[-1]
+        out = original(*args, **kwargs)
+        return tuple(map(self._intern, out[1:])) if isinstance(out, tuple) else None
 
     def _take(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """Note the call of block `index` and return its hidden states."""
@@ -131,8 +164,10 @@ class _Recorder:
     def _intern(self, value: Any) -> Any:
         """The same tensor for equal ones: masks and positions repeat for every block and batch."""
         if isinstance(value, Tensor):
+            if any(known is value for known in self.pool):
+                return value
             for known in self.pool:
-                if known is value or (known.shape == value.shape and known.dtype == value.dtype and known.equal(value)):
+                if known.shape == value.shape and known.dtype == value.dtype and known.equal(value):
                     return known
             self.pool.append(value)
         elif isinstance(value, tuple):
@@ -145,24 +180,28 @@ def _is_hidden(value: Any) -> bool:
 
 
 @torch.no_grad()
-def trace(block: nn.Module, linears: dict[str, nn.Linear], run: Callable[[], Tensor]) -> tuple[list[list[str]], dict]:
+def trace(
+    block: nn.Module, readers: dict[str, nn.Module], run: Callable[[], Any]
+) -> tuple[list[list[str]], dict[str, tuple[str, nn.Module]]]:
     """Which layers read the same input, in the order they run; and the module that produced each such input, if one.
 
     Layers are grouped by the identity of the tensor they get, so q/k/v and gate/up come out together without a table.
-    Layers that did not run are in no group. The producers are `{first layer of the group: (name, module)}`.
+    A module of experts is a group of its own. What did not run is in no group. The producers are
+    `{first layer of the group: (name, module)}`.
     """
     seen: list[tuple[Tensor, list[str]]] = []
     outputs: list[tuple[Tensor, str, nn.Module]] = []
-    names = {id(module): name for name, module in linears.items()}
+    names = {id(module): name for name, module in readers.items()}
 
-    def enter(module: nn.Module, args: tuple[Any, ...]) -> None:
+    def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        value, name = args[0] if args else next(iter(kwargs.values())), names[id(module)]
         for tensor, group in seen:
-            if tensor is args[0]:
-                group.append(names[id(module)])
+            if tensor is value and is_linear(module) and is_linear(readers[group[0]]):
+                group.append(name)
                 return
-        seen.append((args[0], [names[id(module)]]))
+        seen.append((value, [name]))
 
-    handles = [linear.register_forward_pre_hook(enter) for linear in linears.values()]
+    handles = [reader.register_forward_pre_hook(enter, with_kwargs=True) for reader in readers.values()]
     for name, module in block.named_modules():
         if name and not any(module.children()):
 
@@ -184,14 +223,15 @@ def trace(block: nn.Module, linears: dict[str, nn.Linear], run: Callable[[], Ten
 
 
 @torch.no_grad()
-def collect(readers: list[nn.Linear], run: Callable[[int], Any], batches: int) -> list[Statistics]:
+def collect(readers: list[nn.Module], run: Callable[[int], Any], batches: int) -> list[Statistics]:
     """Statistics of each reader's input over all batches; a pass stops once the last reader has its input."""
-    sums = [_SecondMoment(reader) for reader in readers]
+    sums = [SecondMoment(*_place(reader)) for reader in readers]
+    by_reader = {id(reader): total for reader, total in zip(readers, sums, strict=True)}
     left = 0
 
     def enter(module: nn.Module, args: tuple[Any, ...]) -> None:
         nonlocal left
-        next(total for total in sums if total.reader is module).add(args[0])
+        by_reader[id(module)].add(args[0])
         left -= 1
         if not left:
             raise _Stop
@@ -208,18 +248,44 @@ def collect(readers: list[nn.Linear], run: Callable[[int], Any], batches: int) -
     return [total.result() for total in sums]
 
 
-class _SecondMoment:
+def _place(reader: nn.Module) -> tuple[int, torch.device]:
+    """A layer's `in_features` and device."""
+    weight = matrix(reader)
+    return weight.shape[1], weight.device
+
+
+class SecondMoment:
     """Sums x xᵀ over tokens, in float32."""
 
-    def __init__(self, reader: nn.Linear):
-        self.reader, self.tokens = reader, 0
-        size = reader.in_features
-        self.total = torch.zeros(size, size, dtype=torch.float32, device=reader.weight.device)
+    def __init__(self, size: int, device: torch.device):
+        self.tokens = 0
+        self.total = torch.zeros(size, size, dtype=torch.float32, device=device)
 
     def add(self, x: Tensor) -> None:
+        """Add tokens, `[..., size]`."""
         rows = x.reshape(-1, x.shape[-1]).float()
         self.total.addmm_(rows.t(), rows)
         self.tokens += rows.shape[0]
 
     def result(self) -> Statistics:
+        """Their mean."""
         return Statistics(self.total / max(self.tokens, 1), self.tokens)
+
+
+@torch.no_grad()
+def arguments(module: nn.Module, names: tuple[str, ...], run: Callable[[int], Any], batches: int) -> list[list[Tensor]]:
+    """The first arguments that a module is called with in each batch, by position or by name; the pass stops there."""
+    found: list[list[Tensor]] = []
+
+    def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        found.append([args[place] if place < len(args) else kwargs[name] for place, name in enumerate(names)])
+        raise _Stop
+
+    handle = module.register_forward_pre_hook(enter, with_kwargs=True)
+    try:
+        for batch in range(batches):
+            with suppress(_Stop):
+                run(batch)
+    finally:
+        handle.remove()
+    return found

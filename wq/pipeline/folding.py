@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from wq.structure.linears import matrix, shape_of
+
 # (producer, reader): scaling a row of the producer scales the same channel of the reader's input.
 LINEAR_FOLDS: tuple[tuple[str, str], ...] = (
     ("self_attn.v_proj", "self_attn.o_proj"),  # attention mixes tokens, not channels
@@ -52,7 +54,7 @@ class Fold:
 
 def find(block: nn.Module, readers: list[str], source: tuple[str, nn.Module] | None) -> Fold | None:
     """What the input scale of `readers` (names within the block) can be folded into, if anything."""
-    in_features = block.get_submodule(readers[0]).in_features
+    in_features = shape_of(block.get_submodule(readers[0]))[1]
     if source is not None:
         weight = getattr(source[1], "weight", None)
         is_norm = "norm" in type(source[1]).__name__.lower() and isinstance(weight, Tensor)
@@ -71,14 +73,15 @@ def find(block: nn.Module, readers: list[str], source: tuple[str, nn.Module] | N
 
 
 @torch.no_grad()
-def apply(fold: Fold, readers: list[nn.Linear], scales: Tensor, run: Callable[[], Tensor]) -> bool:
+def apply(fold: Fold, readers: list[nn.Module], scales: Tensor, run: Callable[[], Tensor]) -> bool:
     """Fold `scales` `[in_features]`; undo it and return False if the block's output changes by more than rounding."""
     before = run()
     touched = [fold.producer, *readers]
     saved = [{name: p.data.clone() for name, p in m.named_parameters(recurse=False)} for m in touched]
     fold.divide(scales)
     for reader in readers:
-        reader.weight.data.copy_((reader.weight.data.float() * scales).to(reader.weight.dtype))
+        weight = matrix(reader)
+        weight.copy_((weight.float() * scales).to(weight.dtype))
     after = run()
     change = (after.float() - before.float()).norm() / before.float().norm().clamp_min(1e-12)
     if change < _TOLERANCE:  # also False for NaN

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from types import ModuleType
 
@@ -16,30 +16,59 @@ from wq.errors import ModelError, SchemeError
 from wq.pipeline.source import Source
 from wq.scheme import Scheme
 from wq.solvers import Solution
-from wq.structure import auto_group_size, find_blocks, find_linears, patterns
+from wq.structure.experts import Projection, arrange, find_experts
+from wq.structure.linears import auto_group_size, find_linears, patterns, shape_of
+from wq.structure.towers import Tower, find_towers
 
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
-@dataclass
+@dataclass(frozen=True)
 class Layer:
-    """A linear layer that will be quantized: where it is in the model, and its name on disk."""
+    """A matrix that will be quantized: where it is in the model, its name on disk, and its `(out, in)`."""
 
     path: str
     stored: str
     shape: tuple[int, int]
 
 
-@dataclass
+@dataclass(frozen=True)
+class Experts:
+    """A parameter of all experts that will be quantized.
+
+    path: where it is in the model. pieces: its matrices on disk, for each projection that it joins (gate, up) those of
+    its experts in order. stored: its name on disk instead, where it lies there as the one 3-D tensor that it is.
+    """
+
+    path: str
+    size: Projection
+    pieces: list[list[Layer]]
+    stored: str | None = None
+
+
+@dataclass(frozen=True)
+class Block:
+    """A block of the model; its layers and parameters of experts by name within it."""
+
+    path: str
+    module: nn.Module
+    layers: dict[str, Layer]
+    experts: dict[str, Experts]
+
+
+@dataclass(frozen=True)
 class Plan:
-    """Everything that is known before the first number is computed."""
+    """Everything that is known before the first number is computed.
+
+    dense: on-disk names of weights that could have been quantized, for the config. packed: on-disk names of tensors
+    that others take the place of. specs: every tensor of the new checkpoint.
+    """
 
     scheme: Scheme
     dtype: torch.dtype
-    blocks_path: str
-    blocks: nn.ModuleList
-    layers: list[dict[str, Layer]]  # one dict a block, by name within it
-    dense: list[str]  # on-disk names of weights that could have been quantized, for the config
+    towers: list[tuple[Tower, list[Block]]]
+    dense: list[str]
+    packed: set[str]
     specs: dict[str, Spec]
     parameters: int
     quantized: int
@@ -52,78 +81,114 @@ def make_plan(
 
     Raises ModelError, GroupSizeError, FormatError and SchemeError for everything that cannot work.
     """
-    path, block_list = find_blocks(source.model, source.name)
     keep = tuple(keep)
-    kept = patterns(keep)
-    layers = [_layers(source, f"{path}.{i}", block, kept) for i, block in enumerate(block_list)]
-    found = [layer for block in layers for layer in block.values()]
-    if not found:
+    towers = [(t, list(_blocks(source, fmt, t, patterns(keep)))) for t in find_towers(source.model, source.name)]
+    blocks = [block for _, tower in towers for block in tower]
+    layers = [layer for block in blocks for layer in block.layers.values()]
+    experts = [expert for block in blocks for expert in block.experts.values()]
+    layers += [layer for expert in experts for piece in expert.pieces for layer in piece]
+    whole = {expert.stored: expert for expert in experts if expert.stored is not None}
+    if not layers and not whole:
         raise ModelError(f"{source.name}: no layer is left to quantize; keep={list(keep)} covers all of them.")
     stored = stored_dtype(source, dtype)
     # gptq and awq know float16 scales only, whatever the model's dtype.
     scales = stored if fmt.QUANT_METHOD == "compressed-tensors" else torch.float16
     scheme = replace(scheme, scale_dtype=str(scales).removeprefix("torch."))
+    shapes = {layer.path: layer.shape for layer in layers} | {e.path: e.size.matrix for e in whole.values()}
     if auto_group:
-        scheme = replace(scheme, group_size=auto_group_size({layer.path: layer.shape[1] for layer in found}))
-    for layer in found:
-        fmt.check(scheme, layer.shape, layer.path)
+        scheme = replace(scheme, group_size=auto_group_size({path: shape[1] for path, shape in shapes.items()}))
+    for path, shape in shapes.items():
+        fmt.check(scheme, shape, path)
+    by_weight = {f"{layer.stored}.weight": layer for layer in layers}
     return Plan(
         scheme=scheme,
         dtype=stored,
-        blocks_path=path,
-        blocks=block_list,
-        layers=layers,
-        dense=_dense(source, found),
-        specs=_specs(source, fmt, scheme, {layer.stored: layer for layer in found}, stored),
+        towers=towers,
+        dense=_dense(source, set(by_weight)),
+        packed=set(by_weight) | set(whole),
+        specs=dict(_specs(source, fmt, scheme, by_weight, whole, stored)),
         parameters=sum(torch.Size(entry.shape).numel() for entry in source.entries.values()),
-        quantized=sum(layer.shape[0] * layer.shape[1] for layer in found),
+        quantized=sum(torch.Size(source.entries[name].shape).numel() for name in (*by_weight, *whole)),
     )
 
 
-def _layers(source: Source, path: str, block: nn.Module, keep: list[re.Pattern[str]]) -> dict[str, Layer]:
-    found = {}
+def _blocks(source: Source, fmt: ModuleType, tower: Tower, keep: list[re.Pattern[str]]) -> Iterator[Block]:
+    sources: dict[str, list[str]] = {}
+    for name, (parameter, _) in source.tensors.items():
+        sources.setdefault(parameter, []).append(name)
+    for index, module in enumerate(tower.blocks):
+        path = f"{tower.blocks_path}.{index}"
+        experts = {}
+        for name, size in find_experts(module, path, keep).items():
+            found = _experts(source, fmt, f"{path}.{name}", size, sources.get(f"{path}.{name}", []))
+            if found is not None:
+                experts[name] = found
+        yield Block(path, module, dict(_layers(source, path, module, keep)), experts)
+
+
+def _layers(source: Source, path: str, block: nn.Module, keep: list[re.Pattern[str]]) -> Iterator[tuple[str, Layer]]:
     for name, linear in find_linears(block, path, keep).items():
         stored = source.on_disk(f"{path}.{name}.weight")
         if stored is not None:  # a weight that transformers assembles from several tensors has no place on disk
-            shape = (linear.out_features, linear.in_features)
-            found[name] = Layer(f"{path}.{name}", stored.removesuffix(".weight"), shape)
-    return found
+            yield name, Layer(f"{path}.{name}", stored.removesuffix(".weight"), shape_of(linear))
+
+
+def _experts(source: Source, fmt: ModuleType, path: str, size: Projection, names: list[str]) -> Experts | None:
+    """The parameter at `path`, from its tensors on disk; None where the format has no form for these."""
+    if source.on_disk(path) is not None:  # 3-D on disk as well
+        return Experts(path, size, [], names[0]) if fmt.QUANT_METHOD == "compressed-tensors" else None
+    table = arrange(source.model, path, [name.removesuffix(".weight") for name in names], size.experts)
+    shape = size.out_features // len(table), size.in_features
+    if any(source.entries[name].shape != shape for name in names):
+        return None  # joined otherwise than row by row
+    return Experts(path, size, [[Layer(prefix, prefix, shape) for prefix in row] for row in table])
 
 
 def _specs(
-    source: Source, fmt: ModuleType, scheme: Scheme, quantized: dict[str, Layer], dtype: torch.dtype
-) -> dict[str, Spec]:
+    source: Source,
+    fmt: ModuleType,
+    scheme: Scheme,
+    layers: dict[str, Layer],
+    whole: dict[str, Experts],
+    dtype: torch.dtype,
+) -> Iterator[tuple[str, Spec]]:
     """Every tensor of the new checkpoint, in the order of the old one; packed ones by packing shapes on meta."""
-    specs: dict[str, Spec] = {}
     cast = dtype is not source.dtype
     for name, entry in source.entries.items():
-        layer = quantized.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
-        if layer is None:
+        if name in layers:
+            for leaf, spec in _packed(fmt, scheme, layers[name].shape):
+                yield f"{layers[name].stored}.{leaf}", spec
+        elif name in whole:
+            size = whole[name].size
+            for leaf, spec in _packed(fmt, scheme, size.matrix):
+                if leaf != "weight_shape":
+                    yield name + leaf.removeprefix("weight"), Spec(spec.dtype, (size.experts, *spec.shape))
+        else:
             floating = entry.dtype in _DTYPES.values()
-            specs[name] = Spec(dtype if cast and floating else entry.dtype, entry.shape)
-            continue
-        grids = layer.shape[0], scheme.groups(layer.shape[1])
-        empty = Solution(
-            torch.empty(layer.shape, dtype=torch.uint8, device="meta"),
-            torch.empty(grids, dtype=grid.scale_dtype(scheme), device="meta"),
-            torch.empty(grids, dtype=torch.uint8, device="meta"),
-            {},
-        )
-        for local, tensor in sorted(fmt.pack(empty, scheme).items()):
-            specs[f"{layer.stored}.{local}"] = Spec(tensor.dtype, tuple(tensor.shape))
-    return specs
+            yield name, Spec(dtype if cast and floating else entry.dtype, entry.shape)
 
 
-def _dense(source: Source, quantized: list[Layer]) -> list[str]:
-    """Matrices that stay dense, as a loader must be told: heads, routers, experts, kept layers; not embeddings."""
-    packed = {layer.stored for layer in quantized}
+def _packed(fmt: ModuleType, scheme: Scheme, shape: tuple[int, int]) -> Iterator[tuple[str, Spec]]:
+    grids = shape[0], scheme.groups(shape[1])
+    empty = Solution(
+        torch.empty(shape, dtype=torch.uint8, device="meta"),
+        torch.empty(grids, dtype=grid.scale_dtype(scheme), device="meta"),
+        torch.empty(grids, dtype=torch.uint8, device="meta"),
+        {},
+    )
+    for leaf, tensor in sorted(fmt.pack(empty, scheme).items()):
+        yield leaf, Spec(tensor.dtype, tuple(tensor.shape))
+
+
+def _dense(source: Source, packed: set[str]) -> list[str]:
+    """Matrices that stay dense, as a loader must be told: heads, routers, kept layers; not embeddings."""
     embeddings = {name for name, module in source.model.named_modules() if isinstance(module, nn.Embedding)}
     dense = {
         name.removesuffix(".weight")
         for name, entry in source.entries.items()
         if name.endswith(".weight")
         and len(entry.shape) == 2
-        and name.removesuffix(".weight") not in packed
+        and name not in packed
         and source.tensors[name][0].removesuffix(".weight") not in embeddings
     }
     head = source.model.get_output_embeddings()

@@ -1,6 +1,6 @@
 """The loop: one block at a time, and in it one stage at a time, so that memory does not grow with the model.
 
-For each decoder block:
+For each block of the decoder (in an encoder-decoder model: of the encoder, then of the decoder):
 
     load it ─► group its layers by shared input ─► for each group, in the order the block runs them:
         collect E[x xᵀ] from the hidden states, up to this group (its predecessors are quantized by now)
@@ -16,7 +16,8 @@ import platform
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -24,20 +25,21 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn import functional
 
 import wq
-from wq import formats, grid, report, solvers
+from wq import formats, report, solvers
 from wq.checkpoint import ShardWriter, check_output, staged, write_text
-from wq.errors import CalibrationError, CheckpointError
+from wq.errors import CalibrationError, ModelError
 from wq.machine import default_device, keep_memory_tight, peak_rss_bytes, release_memory
 from wq.pipeline import blocks as decoder
 from wq.pipeline import calibration as calibration_text
-from wq.pipeline import folding
-from wq.pipeline.plan import Layer, Plan, make_plan
+from wq.pipeline.plan import Block, Plan, make_plan
 from wq.pipeline.source import Source, open_source
+from wq.pipeline.stages import Stages
 from wq.scheme import Scheme, check_quantizable
-from wq.solvers import Solution, rtn
+from wq.structure.towers import Tower
 
 _BATCH_TOKENS = 4096  # enough rows for full-speed matrix products, few enough for small activations
 
@@ -87,7 +89,7 @@ def quantize(
         plan = make_plan(source, fmt, scheme, group_size is None, keep, dtype)
         stream = None
         if solver.NEEDS_STATISTICS:
-            _check_length(source, seqlen)
+            _check_can_calibrate(source, plan, seqlen)
             stream = calibration_text.load(calibration, source.tokenizer, samples, seqlen, seed)
         job = _Job(source, solver, fmt, plan, torch.device(device or default_device()), seed)
         with staged(Path(output), overwrite) as stage:
@@ -101,10 +103,16 @@ def quantize(
     return made
 
 
-def _check_length(source: Source, seqlen: int) -> None:
-    limit = getattr(source.config, "max_position_embeddings", None)
+def _check_can_calibrate(source: Source, plan: Plan, seqlen: int) -> None:
+    limit = getattr(source.config.get_text_config(), "max_position_embeddings", None)
     if isinstance(limit, int) and seqlen > limit:
         raise CalibrationError(f"--seqlen {seqlen} is longer than the {limit} positions {source.name} has.")
+    first = plan.towers[0][0]
+    if first.reads_encoder:
+        raise ModelError(
+            f"{source.name}: its decoder reads an encoder that takes no text, so text cannot calibrate it. "
+            "Use --method rtn, which needs no data."
+        )
 
 
 @dataclass
@@ -118,6 +126,7 @@ class _Job:
     device: torch.device
     seed: int
     changed: set[str] = field(default_factory=set)  # dense parameters that folding altered
+    done: int = 0  # blocks
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -126,165 +135,114 @@ class _Job:
 
     def run(self, writer: ShardWriter, tokens: Tensor | None, on_block: BlockCallback | None) -> list[dict[str, Any]]:
         """Quantize every block and write everything; the records of all layers."""
-        path = self.plan.blocks_path
-        captured = None if tokens is None else self._capture(tokens)
         records: list[dict[str, Any]] = []
-        for index, block in enumerate(self.plan.blocks):
-            started = time.perf_counter()
-            if index or captured is None:
-                self._load((f"{path}.{index}",))
-            generator = torch.Generator(device=self.device).manual_seed(self.seed + index)
-            run = _BlockRun(self, block, index, captured, generator)
-            made = run.quantize(writer)
-            if captured is not None and index + 1 < len(self.plan.blocks):
-                captured.advance(block, index)
-            self._write_dense(writer, f"{path}.{index}")
-            self.source.unload(block)
-            release_memory()
-            records += made
-            if on_block is not None:
-                seconds = time.perf_counter() - started
-                on_block({"block": index + 1, "blocks": len(self.plan.blocks), "layers": made, "seconds": seconds})
-        self._write_dense(writer, "", excluding=path)
+        encoded: list[Tensor] = []
+        count = sum(len(blocks) for _, blocks in self.plan.towers)
+        for tower, blocks in self.plan.towers:
+            last = tower is self.plan.towers[-1][0]
+            inputs = [] if tokens is None else self._inputs(tower, tokens, encoded)
+            captured = self._capture(tower, inputs) if inputs else None
+            for index, block in enumerate(blocks):
+                started = time.perf_counter()
+                made = self._block(writer, block, index, captured, last and index + 1 == len(blocks))
+                records += made
+                self.done += 1
+                if on_block is not None:
+                    seconds = time.perf_counter() - started
+                    on_block({"block": self.done, "blocks": count, "layers": made, "seconds": seconds})
+            if captured is not None and not last:
+                with self._around(tower):
+                    encoded = decoder.finish(tower.root, tower.blocks, inputs, captured)
+        self._write_dense(writer, "", excluding=tuple(f"{tower.blocks_path}." for tower, _ in self.plan.towers))
+        return records
+
+    def _block(
+        self, writer: ShardWriter, block: Block, index: int, captured: decoder.Captured | None, last: bool
+    ) -> list[dict[str, Any]]:
+        """Quantize one block, move the hidden states on unless it is the last, write it and free it."""
+        if index or captured is None:
+            self._load((block.path,))
+        stages = Stages(
+            source=self.source,
+            solver=self.solver,
+            fmt=self.fmt,
+            scheme=self.plan.scheme,
+            writer=writer,
+            block=block,
+            forward=None if captured is None else lambda batch: captured.run(block.module, index, batch),
+            batches=0 if captured is None else len(captured.hidden),
+            generator=torch.Generator(device=self.device).manual_seed(self.seed + self.done),
+            changed=self.changed,
+        )
+        records = stages.run()
+        if captured is not None and not last:
+            captured.advance(block.module, index)
+        self._write_dense(writer, block.path)
+        self.source.unload(block.module)
+        release_memory()
         return records
 
     def _load(self, prefixes: tuple[str, ...]) -> None:
         self.source.load(prefixes, self.device, self.compute_dtype)
 
-    def _capture(self, tokens: Tensor) -> decoder.Captured:
+    # --- what runs around the blocks ---
+
+    def _inputs(self, tower: Tower, tokens: Tensor, encoded: list[Tensor]) -> list[dict[str, Any]]:
+        """What the root of a tower is called with, batch by batch.
+
+        An encoder reads the first half of each window; its decoder continues with the second, shifted by one token.
+        """
+        rows = max(1, _BATCH_TOKENS // tokens.shape[1])
+        batches = [batch.to(self.device) for batch in tokens.split(rows)]
+        half = max(1, tokens.shape[1] // 2)
+        if tower.reads_encoder:
+            start = self._start_token()
+            later = [functional.pad(batch[:, half:-1], (1, 0), value=start) for batch in batches]
+            return [
+                {"input_ids": ids, "encoder_hidden_states": states, "use_cache": False}
+                for ids, states in zip(later, encoded, strict=True)
+            ]
+        if self.source.config.is_encoder_decoder:
+            return [{"input_ids": batch[:, :half]} for batch in batches]
+        return [{"input_ids": batch, "use_cache": False} for batch in batches]
+
+    def _start_token(self) -> int:
+        """What a decoder of an encoder-decoder model reads first."""
+        known = (getattr(self.source.config, f"{name}_token_id", None) for name in ("decoder_start", "bos", "pad"))
+        return next((token for token in known if isinstance(token, int)), 0)
+
+    def _capture(self, tower: Tower, inputs: list[dict[str, Any]]) -> decoder.Captured:
         """Hidden states in front of block 0, which stays loaded."""
-        model, path = self.source.model, self.plan.blocks_path
-        body = model.base_model
-        inside = {id(module) for module in body.modules()}
-        outside = tuple(
-            name
-            for name, module in model.named_modules()
-            if name and id(module) in inside and module._parameters and not f"{name}.".startswith(f"{path}.")
-        )
-        self._load((*outside, f"{path}.0"))
-        for module in model.modules():
+        self._load((f"{tower.blocks_path}.0",))
+        with self._around(tower):
+            return decoder.capture(tower.root, tower.blocks, inputs, self.source.name)
+
+    @contextmanager
+    def _around(self, tower: Tower) -> Iterator[None]:
+        """With everything of a tower loaded but its blocks: embeddings, the last norm."""
+        prefix = f"{tower.path}." if tower.path else ""
+        modules = {f"{prefix}{name}": module for name, module in tower.root.named_modules() if module._parameters}
+        outside = {name: m for name, m in modules.items() if not f"{name}.".startswith(f"{tower.blocks_path}.")}
+        self._load(tuple(outside))
+        for module in tower.root.modules():
             for name, buffer in module._buffers.items():
                 if buffer is not None and not buffer.is_meta:
                     module._buffers[name] = buffer.to(self.device)
-        rows = max(1, _BATCH_TOKENS // tokens.shape[1])
-        batches = [batch.to(self.device) for batch in tokens.split(rows)]
-        captured = decoder.capture(body, self.plan.blocks, batches, self.source.name)
-        for name in outside:
-            self.source.unload(model.get_submodule(name))
-        return captured
+        yield
+        for module in outside.values():
+            self.source.unload(module)
 
-    def _write_dense(self, writer: ShardWriter, prefix: str, excluding: str | None = None) -> None:
+    def _write_dense(self, writer: ShardWriter, prefix: str, excluding: tuple[str, ...] = ()) -> None:
         """Write the tensors under a module that were not quantized, straight from the source unless altered."""
-        quantized = {f"{layer.stored}.weight" for block in self.plan.layers for layer in block.values()}
         for name, (parameter, _) in self.source.tensors.items():
-            if name in quantized or (prefix and not parameter.startswith(f"{prefix}.")):
+            if name in self.plan.packed or (prefix and not parameter.startswith(f"{prefix}.")):
                 continue
-            if excluding is not None and parameter.startswith(f"{excluding}."):
+            if parameter.startswith(excluding):
                 continue
             if parameter in self.changed:
                 writer.write(name, self.source.model.get_parameter(parameter).to(self.plan.specs[name].dtype))
             else:
                 writer.copy(name, self.source.entries[name])
-
-
-@dataclass
-class _BlockRun:
-    """The stages of one block."""
-
-    job: _Job
-    block: nn.Module
-    index: int
-    captured: decoder.Captured | None
-    generator: torch.Generator
-
-    def quantize(self, writer: ShardWriter) -> list[dict[str, Any]]:
-        """Solve, replace and write every layer of the block; one record each."""
-        layers = self.job.plan.layers[self.index]
-        linears = {name: m for name, m in self.block.named_modules() if name in layers and isinstance(m, nn.Linear)}
-        records: list[dict[str, Any]] = []
-        for name, linear in linears.items():
-            _check_finite(layers[name], linear.weight)
-        left = dict(linears)
-        if self.captured is not None and linears:
-            groups, producers = decoder.trace(self.block, linears, lambda: self._forward(0))
-            if hasattr(self.job.solver, "input_scales"):
-                self._fold(groups, linears, producers)
-            for group in groups:
-                records += self._solve({name: left.pop(name) for name in group}, writer)
-        for name, linear in left.items():  # no data asked for, or a layer that calibration never reached
-            records += self._solve_without_data(name, linear, writer)
-        return records
-
-    def _forward(self, batch: int) -> Tensor:
-        assert self.captured is not None
-        return self.captured.run(self.block, self.index, batch)
-
-    def _fold(self, groups: list[list[str]], linears: dict[str, nn.Linear], producers: dict[str, Any]) -> None:
-        """Let the solver scale each group's input wherever something can take the scale over."""
-        assert self.captured is not None
-        readers = [linears[group[0]] for group in groups]
-        statistics = decoder.collect(readers, self._forward, len(self.captured.hidden))
-        for group, known in zip(groups, statistics, strict=True):
-            fold = folding.find(self.block, group, producers.get(group[0]))
-            if fold is None or not self._stored(fold.name):
-                continue
-            members = [linears[name] for name in group]
-            weight = torch.cat([member.weight.data for member in members])
-            scales = self.job.solver.input_scales(weight, known, self.job.plan.scheme)
-            if folding.apply(fold, members, scales, lambda: self._forward(0)):
-                path = f"{self.job.plan.blocks_path}.{self.index}.{fold.name}"
-                self.job.changed |= {f"{path}.{name}" for name, _ in fold.producer.named_parameters(recurse=False)}
-
-    def _stored(self, name: str) -> bool:
-        """Whether every parameter of a module of this block is on disk under a name of its own."""
-        path = f"{self.job.plan.blocks_path}.{self.index}.{name}"
-        parameters = self.block.get_submodule(name).named_parameters(recurse=False)
-        return all(self.job.source.on_disk(f"{path}.{leaf}") is not None for leaf, _ in parameters)
-
-    def _solve(self, members: dict[str, nn.Linear], writer: ShardWriter) -> list[dict[str, Any]]:
-        """One solver call for layers that read the same input; their rows are independent."""
-        assert self.captured is not None
-        first = next(iter(members.values()))
-        (statistics,) = decoder.collect([first], self._forward, len(self.captured.hidden))
-        weight = torch.cat([linear.weight.data.float() for linear in members.values()])
-        solution = self.job.solver.solve(weight, statistics, self.job.plan.scheme, generator=self.generator)
-        records, start = [], 0
-        for name, linear in members.items():
-            rows = slice(start, start + linear.out_features)
-            part = Solution(solution.codes[rows], solution.scale[rows], solution.zero[rows], dict(solution.stats))
-            restored = grid.dequantize(part.codes, part.scale, part.zero)
-            if "error" in part.stats:  # the solver's is of all rows together
-                part.stats["error"] = rtn.output_error(weight[rows], restored, statistics)
-            records.append(self._store(name, linear, part, restored, writer, statistics.tokens))
-            start += linear.out_features
-        return records
-
-    def _solve_without_data(self, name: str, linear: nn.Linear, writer: ShardWriter) -> list[dict[str, Any]]:
-        weight = linear.weight.data.float()
-        solution = rtn.solve(weight, None, self.job.plan.scheme)
-        if self.job.solver.NEEDS_STATISTICS:
-            solution.stats["fallback"] = "calibration never reached this layer"
-        else:
-            solution = self.job.solver.solve(weight, None, self.job.plan.scheme, generator=self.generator)
-        restored = grid.dequantize(solution.codes, solution.scale, solution.zero)
-        return [self._store(name, linear, solution, restored, writer, 0)]
-
-    def _store(
-        self, name: str, linear: nn.Linear, solution: Solution, restored: Tensor, writer: ShardWriter, tokens: int
-    ) -> dict[str, Any]:
-        layer = self.job.plan.layers[self.index][name]
-        linear.weight.data.copy_(restored)
-        for local, tensor in self.job.fmt.pack(solution, self.job.plan.scheme).items():
-            writer.write(f"{layer.stored}.{local}", tensor)
-        return {"layer": layer.path, "shape": list(layer.shape), "tokens": tokens, **solution.stats}
-
-
-def _check_finite(layer: Layer, weight: Tensor) -> None:
-    wrong = int((~torch.isfinite(weight)).sum())
-    if wrong:
-        raise CheckpointError(
-            f"{layer.stored}.weight holds {wrong} values that are not finite. The source is damaged; download it again."
-        )
 
 
 def _write_config(source: Source, stage: Path, plan: Plan, fmt: ModuleType) -> None:

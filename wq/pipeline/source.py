@@ -25,7 +25,8 @@ from transformers.utils import logging as transformers_logging
 
 from wq.checkpoint import Entry, read_headers, read_tensor
 from wq.errors import CheckpointError, ModelError, first_line
-from wq.structure import map_names
+from wq.structure.names import map_names
+from wq.structure.towers import model_class
 
 # What is wanted, by name: pickles are never fetched, and code only with trust_remote_code.
 _HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken"]
@@ -100,6 +101,31 @@ class Source:
 
     def load(self, prefixes: tuple[str, ...], device: torch.device, dtype: torch.dtype) -> None:
         """Read the parameters under `prefixes` (module names) onto `device`, floating ones as `dtype`."""
+        shared = self._shared(prefixes)
+        self._read((*prefixes, *shared.values()), device, dtype)
+        for parameter, other in shared.items():
+            path, _, leaf = parameter.rpartition(".")
+            self.model.get_submodule(path)._parameters[leaf] = self.model.get_parameter(other)
+        for other in set(shared.values()):
+            if not _under(other, prefixes):
+                path, _, leaf = other.rpartition(".")
+                empty = self.model.get_parameter(other).to("meta")
+                self.model.get_submodule(path)._parameters[leaf] = nn.Parameter(empty, requires_grad=False)
+
+    def _shared(self, prefixes: tuple[str, ...]) -> dict[str, str]:
+        """Parameters under `prefixes` that are on disk as another's only, by whose: tied embeddings."""
+        groups: dict[str, list[str]] = {}
+        for parameter, first in self.model.all_tied_weights_keys.items():
+            groups.setdefault(first, [first]).append(parameter)
+        on_disk = {renamed for renamed, _ in self.tensors.values()}
+        return {
+            parameter: next(other for other in group if other in on_disk)
+            for group in groups.values()
+            for parameter in group
+            if parameter not in on_disk and _under(parameter, prefixes)
+        }
+
+    def _read(self, prefixes: tuple[str, ...], device: torch.device, dtype: torch.dtype) -> None:
         wanted = [name for name, (renamed, _) in self.tensors.items() if _under(renamed, prefixes)]
         _set_meta_dtype(self.model, prefixes, dtype)
         loading = LoadStateDictConfig(
@@ -221,10 +247,14 @@ def _build(config: Any, name: str, trust_remote_code: bool) -> PreTrainedModel:
     """The model's structure, parameters on meta, with the buffers that no checkpoint holds computed."""
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+            found = model_class(config)
+            if found is AutoModelForCausalLM:
+                model = found.from_config(config, trust_remote_code=trust_remote_code)
+            else:
+                model = found._from_config(config)
     except ValueError as error:
         raise ModelError(
-            f"{name}: transformers has no causal language model for {type(config).__name__} ({first_line(error)})."
+            f"{name}: transformers has no language model for {type(config).__name__} ({first_line(error)})."
         ) from error
     model.eval()
     for parameter in model.parameters():

@@ -1,0 +1,200 @@
+"""One block, stage by stage: what reads the same input is solved together, after everything that runs before it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from wq import grid
+from wq.checkpoint import ShardWriter
+from wq.errors import CheckpointError
+from wq.pipeline import blocks as decoder
+from wq.pipeline import experts as mixture
+from wq.pipeline import folding
+from wq.pipeline.plan import Block, Experts
+from wq.pipeline.source import Source
+from wq.scheme import Scheme
+from wq.solvers import Solution, Statistics, rtn
+from wq.structure.linears import is_linear, matrix
+
+_UNREACHED = "calibration never reached this layer"
+
+
+@dataclass
+class Stages:
+    """The stages of one block.
+
+    forward: runs the block on a batch of calibration; None for a solver that needs none. changed: dense parameters
+    that folding altered, by path.
+    """
+
+    source: Source
+    solver: ModuleType
+    fmt: ModuleType
+    scheme: Scheme
+    writer: ShardWriter
+    block: Block
+    forward: Callable[[int], Tensor] | None
+    batches: int
+    generator: torch.Generator
+    changed: set[str] = field(default_factory=set)
+
+    def run(self) -> list[dict[str, Any]]:
+        """Solve, replace and write every layer and all experts of the block; one record for each."""
+        module = self.block.module
+        left: dict[str, nn.Module] = {name: module.get_submodule(name) for name in self.block.layers}
+        for name, linear in left.items():
+            _check_finite(f"{self.block.layers[name].stored}.weight", matrix(linear))
+        for name, experts in self.block.experts.items():
+            _check_finite(experts.path, module.get_parameter(name).data)
+            left[name.rpartition(".")[0]] = module.get_submodule(name.rpartition(".")[0])
+        records: list[dict[str, Any]] = []
+        if self.forward is not None and left:
+            groups, producers = decoder.trace(module, left, lambda: self._forward(0))
+            if hasattr(self.solver, "input_scales"):
+                self._fold([group for group in groups if is_linear(left[group[0]])], left, producers)
+            for group in groups:
+                records += self._stage({name: left.pop(name) for name in group})
+        for name, reader in left.items():  # no data asked for, or a layer that calibration never reached
+            records += self._without_data(name, reader)
+        return records
+
+    def _forward(self, batch: int) -> Tensor:
+        assert self.forward is not None
+        return self.forward(batch)
+
+    def _stage(self, members: dict[str, nn.Module]) -> list[dict[str, Any]]:
+        name, reader = next(iter(members.items()))
+        if is_linear(reader):
+            return self._solve(members)
+        return self._experts(name, reader, mixture.watch(reader, self._forward, self.batches))
+
+    def _without_data(self, name: str, reader: nn.Module) -> list[dict[str, Any]]:
+        if not is_linear(reader):
+            return self._experts(name, reader, None)
+        solution, restored = self._solution(matrix(reader).float(), None)
+        if self.solver.NEEDS_STATISTICS:
+            solution.stats["fallback"] = _UNREACHED
+        return [self._store(name, reader, solution, restored, 0)]
+
+    # --- linear layers ---
+
+    def _fold(self, groups: list[list[str]], linears: dict[str, nn.Module], producers: dict[str, Any]) -> None:
+        """Let the solver scale each group's input wherever something can take the scale over."""
+        readers = [linears[group[0]] for group in groups]
+        statistics = decoder.collect(readers, self._forward, self.batches)
+        for group, known in zip(groups, statistics, strict=True):
+            fold = folding.find(self.block.module, group, producers.get(group[0]))
+            if fold is None or not self._stored(fold.name):
+                continue
+            members = [linears[name] for name in group]
+            weight = torch.cat([matrix(member) for member in members])
+            scales = self.solver.input_scales(weight, known, self.scheme)
+            if folding.apply(fold, members, scales, lambda: self._forward(0)):
+                path = f"{self.block.path}.{fold.name}"
+                self.changed |= {f"{path}.{name}" for name, _ in fold.producer.named_parameters(recurse=False)}
+
+    def _stored(self, name: str) -> bool:
+        """Whether every parameter of a module of this block is on disk under a name of its own."""
+        path = f"{self.block.path}.{name}"
+        parameters = self.block.module.get_submodule(name).named_parameters(recurse=False)
+        return all(self.source.on_disk(f"{path}.{leaf}") is not None for leaf, _ in parameters)
+
+    def _solve(self, members: dict[str, nn.Module]) -> list[dict[str, Any]]:
+        """One solver call for layers that read the same input; their rows are independent."""
+        first = next(iter(members.values()))
+        (statistics,) = decoder.collect([first], self._forward, self.batches)
+        weight = torch.cat([matrix(linear).float() for linear in members.values()])
+        solution, restored = self._solution(weight, statistics)
+        records, start = [], 0
+        for name, linear in members.items():
+            rows = slice(start, start + len(matrix(linear)))
+            part = _rows(solution, rows)
+            if "error" in part.stats:  # the solver's is of all rows together
+                part.stats["error"] = rtn.output_error(weight[rows], restored[rows], statistics)
+            records.append(self._store(name, linear, part, restored[rows], statistics.tokens))
+            start = rows.stop
+        return records
+
+    def _solution(self, weight: Tensor, statistics: Statistics | None) -> tuple[Solution, Tensor]:
+        """Of a weight `[out, in]`, and the weight that it stands for; rounded to nearest where data is wanting."""
+        solver = rtn if statistics is None and self.solver.NEEDS_STATISTICS else self.solver
+        solution = solver.solve(weight, statistics, self.scheme, generator=self.generator)
+        return solution, grid.dequantize(solution.codes, solution.scale, solution.zero)
+
+    def _store(self, name: str, linear: nn.Module, solution: Solution, restored: Tensor, tokens: int) -> dict[str, Any]:
+        layer = self.block.layers[name]
+        matrix(linear).copy_(restored)
+        self._write(layer.stored, solution)
+        return {"layer": layer.path, "shape": list(layer.shape), "tokens": tokens, **solution.stats}
+
+    def _write(self, stored: str, solution: Solution) -> None:
+        for leaf, tensor in self.fmt.pack(solution, self.scheme).items():
+            self.writer.write(f"{stored}.{leaf}", tensor)
+
+    # --- experts ---
+
+    def _experts(self, name: str, module: nn.Module, routed: mixture.Routed | None) -> list[dict[str, Any]]:
+        """All experts of a module; one record for each parameter."""
+        prefix = f"{name}." if name else ""
+        plans = {key.removeprefix(prefix): plan for key, plan in self.block.experts.items() if key.startswith(prefix)}
+        solved: dict[str, list[mixture.Solved]] = {parameter: [] for parameter in plans}
+        for one in mixture.quantize(module, set(plans), routed, self._solution):
+            plan = plans[one.parameter]
+            for piece, row in enumerate(plan.pieces):
+                size = row[one.expert].shape[0]
+                self._write(row[one.expert].stored, _rows(one.solution, slice(piece * size, (piece + 1) * size)))
+            solved[one.parameter].append(one if plan.stored else one._replace(solution=_only_stats(one.solution)))
+        for parameter, plan in plans.items():
+            if plan.stored:
+                self._write_whole(plan.stored, [one.solution for one in solved[parameter]])
+        return [self._record(plan, solved[parameter]) for parameter, plan in plans.items()]
+
+    def _write_whole(self, stored: str, solutions: list[Solution]) -> None:
+        packed = [self.fmt.pack(solution, self.scheme) for solution in solutions]
+        for leaf in packed[0]:
+            if leaf != "weight_shape":
+                stack = torch.stack([tensors[leaf] for tensors in packed])
+                self.writer.write(stored + leaf.removeprefix("weight"), stack)
+
+    def _record(self, plan: Experts, solved: list[mixture.Solved]) -> dict[str, Any]:
+        tokens = [one.tokens for one in solved]
+        record = {"layer": plan.path, "shape": [plan.size.experts, *plan.size.matrix], "tokens": tokens}
+        errors = [one.solution.stats.get("error") for one in solved]
+        known = [(error, count) for error, count in zip(errors, tokens, strict=True) if error is not None]
+        if known:
+            record["errors"] = errors
+            record["error"] = sum(error * count for error, count in known) / sum(count for _, count in known)
+        if self.solver.NEEDS_STATISTICS:
+            reasons = [
+                f"expert {one.expert}: " + one.solution.stats.get("fallback", "no calibration token was routed to it")
+                for one in solved
+                if not one.tokens or "fallback" in one.solution.stats
+            ]
+            if reasons:
+                record["fallback"] = "; ".join(reasons)
+        return record
+
+
+def _rows(solution: Solution, rows: slice) -> Solution:
+    """Some rows of a solution."""
+    return Solution(solution.codes[rows], solution.scale[rows], solution.zero[rows], dict(solution.stats))
+
+
+def _only_stats(solution: Solution) -> Solution:
+    """Without what has been written already: all experts of a layer together are large."""
+    nothing = torch.empty(0)
+    return Solution(nothing, nothing, nothing, solution.stats)
+
+
+def _check_finite(name: str, weight: Tensor) -> None:
+    wrong = int((~torch.isfinite(weight)).sum())
+    if wrong:
+        raise CheckpointError(
+            f"{name} holds {wrong} values that are not finite. The source is damaged; download it again."
+        )

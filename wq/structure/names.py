@@ -1,0 +1,41 @@
+"""Names on disk and names in a model differ for some architectures, and transformers knows how."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.utils.loading_report import LoadStateDictInfo
+
+
+def map_names(model: PreTrainedModel, names: Iterable[str]) -> tuple[dict[str, tuple[str, bool]], list[str], list[str]]:
+    """How tensors on disk become parameters: `(mapped, absent, unexpected)`.
+
+    mapped: for each name on disk, the parameter it goes to and whether it is that parameter, only renamed (not merged
+    or split on the way). absent: parameters and persistent buffers that nothing on disk goes to, shared ones aside.
+    unexpected: names on disk that go nowhere and that the architecture does not ignore.
+    """
+    conversions = get_model_conversion_mapping(model)
+    renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
+    converters = [c for c in conversions if isinstance(c, WeightConverter)]
+    known = model.state_dict()
+    mapped: dict[str, tuple[str, bool]] = {}
+    for name in names:
+        renamed, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, known)
+        if renamed not in known and name in known:
+            renamed, pattern = name, None
+        mapped[name] = (renamed, pattern is None)
+    targets = {renamed for renamed, _ in mapped.values()}
+    made = [target.replace("*.", "").strip("^$") for converter in converters for target in converter.target_patterns]
+    info = LoadStateDictInfo(
+        missing_keys={n for n in set(known) - targets if not any(target in n for target in made)},
+        unexpected_keys={n for n, (renamed, plain) in mapped.items() if plain and renamed not in known},
+        mismatched_keys=set(),
+        error_msgs=[],
+        conversion_errors={},
+        skipped_pp_keys=set(),
+    )
+    model._adjust_missing_and_unexpected_keys(info)  # what the architecture itself says may be absent or extra
+    return mapped, sorted(info.missing_keys - set(model.all_tied_weights_keys)), sorted(info.unexpected_keys)
