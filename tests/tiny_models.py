@@ -67,7 +67,7 @@ _OVERRIDES: dict[str, dict[str, Any]] = {
         "first_k_dense_replace": 1,
         "kv_lora_rank": 32,
         "q_lora_rank": 32,
-        "qk_rope_head_dim": 16,
+        "qk_rope_head_dim": 32,
         "v_head_dim": 16,
         "qk_nope_head_dim": 16,
     },
