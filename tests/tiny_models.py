@@ -86,13 +86,27 @@ _OVERRIDES: dict[str, dict[str, Any]] = {
     },
     # text and images
     "llava": {"vision": "clip_vision_model", "text": "llama", "image_token_index": 300},
-    "gemma3": {"vision": "siglip_vision_model", "text": "gemma3_text", "image_token_index": 300,
-               "mm_tokens_per_image": 4, "boi_token_index": 301, "eoi_token_index": 302},
-    "qwen2_5_vl": {"vision": {"depth": 1, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 64,
-                              "patch_size": 8},
-                   "text": {"rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3]}},
-                   "image_token_id": 300},
-}  # fmt: skip
+    "gemma3": {
+        "vision": "siglip_vision_model",
+        "text": "gemma3_text",
+        "image_token_index": 300,
+        "mm_tokens_per_image": 4,
+        "boi_token_index": 301,
+        "eoi_token_index": 302,
+    },
+    "qwen2_5_vl": {
+        "vision": {
+            "depth": 1,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_heads": 2,
+            "out_hidden_size": 64,
+            "patch_size": 8,
+        },
+        "text": {"rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3]}},
+        "image_token_id": 300,
+    },
+}
 MOES = ["mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3"]
 ENCODER_DECODERS = ["t5", "bart"]
 VISION = ["llava", "gemma3", "qwen2_5_vl"]

@@ -56,6 +56,11 @@ def evaluate(
 
     place = device or default_device()
     subject, tokenizer = load(model, dtype=dtype, device=place)
+    if subject.config.is_encoder_decoder:
+        raise ModelError(
+            f"{model} is an encoder-decoder model ({type(subject).__name__}); perplexity on running text is defined "
+            "for decoders. Measure it on its own task."
+        )
     tokens = read_tokens(text, tokenizer, seqlen, windows)
     reference = None
     if base is not None:

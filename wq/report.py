@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from wq.checkpoint import write_text
@@ -50,6 +51,7 @@ def card(report: dict[str, Any]) -> str:
         ("Format", f"{report['format']}, {report['dtype']} scales and dense tensors"),
         ("Calibration", _calibration(report["calibration"])),
         ("Parameters", share(report)),
+        *_experts(report["layers"]),
         (
             "Size",
             f"{size(report['checkpoint_bytes'])}, from {size(report['source_bytes'])} of {report['source_dtype']}",
@@ -104,6 +106,16 @@ def _calibration(record: dict[str, Any] | None) -> str:
         f"{record['source']}, {record['samples']} × {record['seqlen']} tokens, seed {record['seed']}, "
         f"sha256 `{record['sha256'][:16]}`"
     )
+
+
+def _experts(layers: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    """How many tokens of calibration the experts of a mixture learned from."""
+    counts = [record["tokens"] for record in layers if isinstance(record["tokens"], list)]
+    flat = sorted(count for tokens in counts for count in tokens)
+    if not flat:
+        return []
+    spread = f"{flat[0]:,} to {flat[-1]:,}, median {median(flat):,.0f}" if flat[-1] else "none"
+    return [("Experts", f"{len(counts[0])} a layer; calibration tokens routed to each: {spread}")]
 
 
 def _quality(evaluation: dict[str, Any] | None) -> list[str]:

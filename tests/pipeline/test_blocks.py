@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_models
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSeq2SeqLM
 
 from wq.errors import ModelError
 from wq.pipeline import blocks as decoder
@@ -67,6 +68,46 @@ def test_running_block_by_block_is_running_the_model(architecture: str, tiny_mod
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("architecture", tiny_models.ENCODER_DECODERS)
+def test_an_encoder_is_finished_before_its_decoder_is_run(architecture: str, tiny_model: TinyModel) -> None:
+    """T5's blocks hand a position bias on, and both its stacks share an embedding that is on disk once."""
+    folder = tiny_model(architecture)
+    encoder_ids, decoder_ids = torch.randint(2, 258, (3, 20)), torch.randint(2, 258, (3, 12))
+    model = AutoModelForSeq2SeqLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        out = model(input_ids=encoder_ids, decoder_input_ids=decoder_ids, output_hidden_states=True)
+    encoder, decoder_ = find_towers(model, architecture)
+    assert (encoder.reads_encoder, decoder_.reads_encoder) == (False, True)
+    call: list[dict[str, Any]] = [{"input_ids": encoder_ids}]
+    captured = decoder.capture(encoder.root, encoder.blocks, call, architecture)
+    for index, block in enumerate(encoder.blocks):
+        captured.advance(block, index)
+    (states,) = decoder.finish(encoder.root, encoder.blocks, call, captured)
+    torch.testing.assert_close(states, out.encoder_last_hidden_state, rtol=1e-4, atol=1e-5)
+    call = [{"input_ids": decoder_ids, "encoder_hidden_states": states, "use_cache": False}]
+    captured = decoder.capture(decoder_.root, decoder_.blocks, call, architecture)
+    for index, block in enumerate(decoder_.blocks):
+        captured.advance(block, index)
+    (states,) = decoder.finish(decoder_.root, decoder_.blocks, call, captured)
+    torch.testing.assert_close(states, out.decoder_hidden_states[-1], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("architecture", tiny_models.VISION)
+def test_only_the_text_of_a_model_that_sees_is_a_stack_of_blocks(architecture: str, tiny_model: TinyModel) -> None:
+    model = AutoModelForImageTextToText.from_pretrained(tiny_model(architecture), dtype=torch.float32).eval()
+    (tower,) = find_towers(model, architecture)
+    assert len(tower.blocks) == 2
+    assert model.get_submodule(tower.blocks_path) is tower.blocks
+    ids = torch.randint(2, 258, (3, 20))
+    captured = decoder.capture(tower.root, tower.blocks, inputs(ids), architecture)
+    for index, block in enumerate(tower.blocks):
+        captured.advance(block, index)
+    (states,) = decoder.finish(tower.root, tower.blocks, inputs(ids), captured)
+    with torch.no_grad():
+        expected = model(input_ids=ids, output_hidden_states=True).hidden_states[-1]
+    torch.testing.assert_close(states, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_statistics_are_the_mean_of_x_xt_over_every_token(generator: torch.Generator) -> None:
     layer = nn.Linear(24, 8)
     inputs = [torch.randn(3, 7, 24, generator=generator), torch.randn(1, 5, 24, generator=generator)]
@@ -119,7 +160,8 @@ def test_masks_and_positions_are_kept_once(tiny_model: TinyModel) -> None:
     assert len(cosines) == 1
 
 
-def test_routers_stay_out(tiny_model: TinyModel) -> None:
-    block = nn.ModuleDict({"gate": nn.Linear(8, 4), "gate_proj": nn.Linear(8, 8), "mlp_router": nn.Linear(8, 4)})
-    block["router"] = nn.Linear(8, 4)
+def test_routers_and_layers_too_short_for_a_group_stay_out(tiny_model: TinyModel) -> None:
+    block = nn.ModuleDict({"gate": nn.Linear(32, 4), "gate_proj": nn.Linear(32, 8), "mlp_router": nn.Linear(32, 4)})
+    block["router"] = nn.Linear(32, 4)
+    block["dt_proj"] = nn.Linear(31, 8)
     assert set(find_linears(block, "layers.0", [])) == {"gate_proj", "mlp_router"}

@@ -39,10 +39,8 @@ def inspect(model: PreTrainedModel, entries: Mapping[str, Entry], config: Mappin
     parts: dict[str, dict[str, Stored]] = {}  # parameter of experts: how each of its pieces is stored
     for prefix, leaves in packed.items():
         target, renamed_only = mapped[f"{prefix}.weight"]
-        path, _, name = target.rpartition(".")
-        if renamed_only and name != "weight":  # a 3-D tensor of experts, which the file calls a weight
-            direct[target] = {leaf.removeprefix("weight_"): entry for leaf, entry in leaves.items()}
-        elif renamed_only:
+        path = target.rpartition(".")[0]
+        if renamed_only:
             layers[path] = quantized.describe(path, leaves, config, _shape(model, path))
         else:
             shape = experts.piece_shape(model, target, leaves, prefix)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from wq.errors import ModelError
+from wq.errors import ModelError, first_line
 from wq.solvers import Statistics
 from wq.structure.linears import is_linear, matrix
 
@@ -78,7 +78,13 @@ def capture(root: nn.Module, blocks: nn.ModuleList, inputs: Iterable[dict[str, A
     with _replaced(blocks, recorder.stand_in):
         for call in inputs:
             recorder.begin()
-            root(**call)
+            try:
+                root(**call)
+            except NotImplementedError as error:  # a parameter on meta: something ran that is neither block nor around
+                raise ModelError(
+                    f"{name}: {type(root).__name__} runs more than a row of blocks ({first_line(error)}). "
+                    "Use --method rtn, which runs nothing."
+                ) from error
             if recorder.seen != len(blocks):
                 raise ModelError(f"{name}: {recorder.seen} of {len(blocks)} blocks ran; wq needs all of them in a row.")
     return captured

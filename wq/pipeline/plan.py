@@ -37,7 +37,8 @@ class Experts:
     """A parameter of all experts that will be quantized.
 
     path: where it is in the model. pieces: its matrices on disk, for each projection that it joins (gate, up) those of
-    its experts in order. stored: its name on disk instead, where it lies there as the one 3-D tensor that it is.
+    its experts in order. stored: its name on disk instead, if it is one 3-D tensor there; packed,
+    it is written under `path`.
     """
 
     path: str
@@ -162,7 +163,7 @@ def _specs(
             size = whole[name].size
             for leaf, spec in _packed(fmt, scheme, size.matrix):
                 if leaf != "weight_shape":
-                    yield name + leaf.removeprefix("weight"), Spec(spec.dtype, (size.experts, *spec.shape))
+                    yield whole[name].path + leaf.removeprefix("weight"), Spec(spec.dtype, (size.experts, *spec.shape))
         else:
             floating = entry.dtype in _DTYPES.values()
             yield name, Spec(dtype if cast and floating else entry.dtype, entry.shape)

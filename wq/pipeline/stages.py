@@ -23,6 +23,7 @@ from wq.solvers import Solution, Statistics, rtn
 from wq.structure.linears import is_linear, matrix
 
 _UNREACHED = "calibration never reached this layer"
+_UNROUTED = "no calibration token was routed there"
 
 
 @dataclass
@@ -152,15 +153,15 @@ class Stages:
             solved[one.parameter].append(one if plan.stored else one._replace(solution=_only_stats(one.solution)))
         for parameter, plan in plans.items():
             if plan.stored:
-                self._write_whole(plan.stored, [one.solution for one in solved[parameter]])
+                self._write_whole(plan.path, [one.solution for one in solved[parameter]])
         return [self._record(plan, solved[parameter]) for parameter, plan in plans.items()]
 
-    def _write_whole(self, stored: str, solutions: list[Solution]) -> None:
+    def _write_whole(self, path: str, solutions: list[Solution]) -> None:
         packed = [self.fmt.pack(solution, self.scheme) for solution in solutions]
         for leaf in packed[0]:
             if leaf != "weight_shape":
                 stack = torch.stack([tensors[leaf] for tensors in packed])
-                self.writer.write(stored + leaf.removeprefix("weight"), stack)
+                self.writer.write(path + leaf.removeprefix("weight"), stack)
 
     def _record(self, plan: Experts, solved: list[mixture.Solved]) -> dict[str, Any]:
         tokens = [one.tokens for one in solved]
@@ -171,13 +172,13 @@ class Stages:
             record["errors"] = errors
             record["error"] = sum(error * count for error, count in known) / sum(count for _, count in known)
         if self.solver.NEEDS_STATISTICS:
-            reasons = [
-                f"expert {one.expert}: " + one.solution.stats.get("fallback", "no calibration token was routed to it")
-                for one in solved
-                if not one.tokens or "fallback" in one.solution.stats
-            ]
+            reasons: dict[str, list[str]] = {}
+            for one in solved:
+                if not one.tokens or "fallback" in one.solution.stats:
+                    why = one.solution.stats.get("fallback", _UNROUTED)
+                    reasons.setdefault(why, []).append(str(one.expert))
             if reasons:
-                record["fallback"] = "; ".join(reasons)
+                record["fallback"] = "; ".join(f"experts {', '.join(who)}: {why}" for why, who in reasons.items())
         return record
 
 

@@ -13,18 +13,23 @@ AUTO_GROUPS = (128, 64, 32)
 
 # Classes that multiply by their weight and add their bias, nothing else; other subclasses of nn.Linear may do more.
 _LINEARS = ("Linear", "FalconLinear")
+_SHORTEST = AUTO_GROUPS[-1]
 _TRANSPOSED = "Conv1D"  # GPT-2's linear layer, which stores its weight as [in, out]
 # Routers decide between experts by small differences and cost next to nothing; every published recipe keeps them.
 _ROUTER = re.compile(r"(^|\.)(gate|router|shared_expert_gate|gating)(\.|$)")
 
 
 def find_linears(block: nn.Module, path: str, keep: Iterable[re.Pattern[str]]) -> dict[str, nn.Module]:
-    """The block's layers to quantize, by name within it: every linear layer but routers and what `keep` matches."""
+    """The block's layers to quantize, by name within it: every linear layer but routers and what `keep` matches.
+
+    Layers with fewer than 32 columns (the time steps of a Mamba, say) have nothing to save and no group that fits.
+    """
     keep = tuple(keep)
     return {
         name: module
         for name, module in block.named_modules()
         if is_linear(module)
+        and shape_of(module)[1] >= _SHORTEST
         and not _ROUTER.search(name)
         and not any(pattern.search(f"{path}.{name}") for pattern in keep)
     }
