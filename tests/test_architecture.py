@@ -32,9 +32,9 @@ RANKS = {
             ("formats",),
             ("layers",),
             ("checkpoint",),
-            ("report", "structure", "quantized"),
+            ("report", "structure", "quantized", "manifest", "loaders"),
             ("pipeline", "hf"),
-            ("evaluate", "hub", "doctor", "tuning", "convert"),
+            ("evaluate", "hub", "doctor", "tuning", "convert", "verify"),
             ("cli",),
             ("__main__",),
         ]

@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from wq.errors import WqError
 
@@ -255,6 +256,63 @@ def tune(
         gain = tile["default_milliseconds"] / tile["milliseconds"]
         _out.print(f"up to {tile['rows']} rows: {gain:.2f}× as fast as the table", highlight=False)
     _out.print(f"next: WQ_CONFIG={output} python ...", markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
+def verify(
+    folder: Annotated[Path, typer.Argument(metavar="PATH", help="A quantized checkpoint folder, of any origin.")],
+    loader: Annotated[
+        str | None, typer.Option("--for", help="transformers, vllm or sglang: what it refuses is a problem, too.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Check a finished checkpoint: files, headers, shapes, values, config, and which loaders take it.
+
+    Exit code 0: good. 1: problems, each on a line. 2: it cannot be looked at.
+    """
+    from wq.verify import verify as run
+
+    try:
+        report = run(folder, loader)
+    except WqError as error:
+        _fail(f"{type(error).__name__}: {error}", 2)
+    if as_json:
+        print(json.dumps(report))
+    else:
+        for mark, found in (("✗", report["problems"]), ("!", report["warnings"])):
+            for one in found:
+                _out.print(problem_line(mark, one), markup=False, highlight=False, soft_wrap=True)
+        count = f"{report['layers']} packed layers, {report['tensors']} tensors, {report['sha256']} files by sha256"
+        problems = len(report["problems"])
+        state = "good" if report["good"] else f"{problems} problem{'s' * (problems > 1)}"
+        _out.print(f"{folder}: {state} ({count})", markup=False, highlight=False, soft_wrap=True)
+        _out.print(loader_table(report["loaders"]))
+    if not report["good"]:
+        sys.exit(1)
+
+
+def problem_line(mark: str, one: dict[str, str]) -> str:
+    """`✗ where: what it is (measured). What to do.`"""
+    measured = f" ({one['measured']})" if one["measured"] else ""
+    hint = f" {one['hint']}" if one["hint"] else ""
+    return f"{mark} {one['where']}: {one['problem'].rstrip('.')}{measured}.{hint}"
+
+
+def loader_table(verdicts: list[dict[str, Any]]) -> Table:
+    """What each loader says to a checkpoint, and why."""
+    table = Table(title="loaders, by how it is quantized; not by its architecture", title_justify="left")
+    for column in ("loader", "takes it", "why, or with what"):
+        table.add_column(column)
+    for verdict in verdicts:
+        why = [problem_line("-", one) for one in verdict["why"]]
+        if not why and verdict["takes"]:
+            able = [kernel for kernel, refusal in verdict["kernels"].items() if not refusal]
+            why = [f"all layers by {', '.join(able)}"] if able else ["each layer by one kernel or another"]
+            why = why if verdict["kernels"] else []
+        takes = {True: "yes", False: "no", None: "unknown"}[verdict["takes"]]
+        lines = Text("\n".join([*why, *verdict["notes"]]))
+        table.add_row(f"{verdict['loader']} {verdict['version']}", takes, lines)
+    return table
 
 
 @app.command()

@@ -17,13 +17,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wq import formats, quantized
+from wq import formats, manifest, quantized
 from wq.checkpoint import Entry, ShardWriter, Spec, read_headers, read_tensor, staged, write_text
 from wq.errors import CheckpointError, FormatError
 from wq.formats.stored import Packed, Stored
 from wq.hf.conversion import dense, read
 
-_LEFT = ("config.json", "model.safetensors.index.json", "wq_report.json", "README.md", "quantize_config.json")
+_LEFT = (
+    "config.json",
+    "model.safetensors.index.json",
+    "wq_report.json",
+    "README.md",
+    "quantize_config.json",
+    manifest.MANIFEST,
+)
 
 
 def convert(
@@ -67,6 +74,7 @@ def convert(
         for file in folder.iterdir():
             if file.is_file() and file.suffix != ".safetensors" and file.name not in _LEFT:
                 shutil.copyfile(file, stage / file.name)
+        manifest.write(stage)
     return {"output": str(path), "format": to, "layers": len(layers), "identical": len(layers)}
 
 

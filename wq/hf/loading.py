@@ -39,7 +39,7 @@ def load(
         if dtype == "auto":
             options["dtype"] = torch.float32
     else:
-        config = _config(location["pretrained_model_name_or_path"], revision)
+        config = read_config(location["pretrained_model_name_or_path"], revision)
         kind = model_class(config)
         if getattr(config, "quantization_config", None) is not None:
             options["quantization_config"] = WqConfig()
@@ -68,7 +68,7 @@ def _quiet() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def _config(name: str, revision: str | None) -> PreTrainedConfig:
+def read_config(name: str, revision: str | None) -> PreTrainedConfig:
     try:
         return AutoConfig.from_pretrained(name, revision=revision)
     except (OSError, ValueError) as error:

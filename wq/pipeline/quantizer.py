@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.nn import functional
 
 import wq
-from wq import formats, report, solvers
+from wq import formats, manifest, report, solvers
 from wq.checkpoint import ShardWriter, check_output, staged, write_text
 from wq.errors import CalibrationError, ModelError
 from wq.machine import default_device, keep_memory_tight, peak_rss_bytes, release_memory
@@ -100,6 +100,7 @@ def quantize(
             made = _report(source, plan, method, format, stream, layers, job, started)
             made["checkpoint_bytes"] = sum(file.stat().st_size for file in stage.glob("*.safetensors"))
             report.save(made, stage)
+            manifest.write(stage)
     return made
 
 

@@ -1,0 +1,77 @@
+"""What a `quantization_config` says of a layer, as loaders read it; and which of its patterns are safe to run."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+_LONGEST = 1000  # characters of a pattern, and of a name it is tried on
+
+
+def refuse_pattern(pattern: str) -> str:
+    """Why a regular expression of a config is not run; empty if it is.
+
+    Python's engine has no time limit, and a config may come from anyone: a repeated group, or more than three open
+    repeats, can take longer than anyone waits.
+    """
+    try:
+        re.compile(pattern)
+    except (re.error, OverflowError, RecursionError) as error:
+        return f"is no regular expression ({error})"
+    bare = re.sub(r"\\.|\[[^\]]*\]", "x", pattern)
+    if len(pattern) > _LONGEST or re.search(r"\)[*+{]", bare) or len(re.findall(r"[*+{]", bare)) > 3:
+        return "could take exponential time, so wq does not run it"
+    return ""
+
+
+def matches(name: str, entry: str) -> bool:
+    """Whether an entry of compressed-tensors' `ignore` means a module: its name, or `re:` and a regular expression."""
+    return _search(entry.removeprefix("re:"), name) if entry.startswith("re:") else name == entry
+
+
+def excluded(said: Mapping[str, Any], name: str) -> bool:
+    """Whether a `quantization_config` says that the module `name`, on disk or in a loader, stays dense."""
+    method = said.get("quant_method")
+    if method == "compressed-tensors":
+        return any(matches(name, entry) for entry in texts(said.get("ignore"))) or not _targeted(said, name)
+    if method == "awq":
+        return any(entry in name for entry in texts(said.get("modules_to_not_convert"))) or _is_head(said, name)
+    dynamic = said.get("dynamic")
+    rules = [rule for rule in dynamic if rule.startswith("-:")] if isinstance(dynamic, Mapping) else []
+    return any(_search(rule.removeprefix("-:"), name) for rule in rules) or _is_head(said, name)
+
+
+def names_head(said: Mapping[str, Any], name: str) -> bool:
+    """Whether a config says that the head is packed: to vLLM and SGLang it is no `Linear`, and must be named."""
+    if said.get("quant_method") != "compressed-tensors":
+        return said.get("lm_head") is True
+    return any(matches(name, target) for target in _targets(said))
+
+
+def groups(said: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """The groups of compressed-tensors' config that can be read."""
+    found = said.get("config_groups")
+    return {name: g for name, g in found.items() if isinstance(g, Mapping)} if isinstance(found, Mapping) else {}
+
+
+def texts(values: Any) -> list[str]:
+    """The texts in what should be a list of them."""
+    return [value for value in values if isinstance(value, str)] if isinstance(values, (list, tuple)) else []
+
+
+def _targets(said: Mapping[str, Any]) -> list[str]:
+    return [target for group in groups(said).values() for target in texts(group.get("targets"))]
+
+
+def _targeted(said: Mapping[str, Any], name: str) -> bool:
+    """Whether a group of compressed-tensors' config means this linear layer, by class or by name."""
+    return any(target == "Linear" or matches(name, target) for target in _targets(said))
+
+
+def _is_head(said: Mapping[str, Any], name: str) -> bool:
+    return name.rpartition(".")[2] == "lm_head" and said.get("lm_head") is not True
+
+
+def _search(pattern: str, name: str) -> bool:
+    return not refuse_pattern(pattern) and len(name) <= _LONGEST and re.match(pattern, name) is not None
