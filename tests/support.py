@@ -121,6 +121,6 @@ def dense_in(model: Any) -> set[str]:
     found = set()
     for path, module in model.named_modules():
         if is_linear(module) or isinstance(module, nn.Embedding) or "Router" in type(module).__name__:
-            parts = [part for part in path.split(".") if part not in around]
+            parts = [part for part in path.split(".") if part not in around] or [path]
             found.add(parts[-1] if path.startswith(blocks) else parts[0])
     return found

@@ -53,10 +53,14 @@ _OVERRIDES: dict[str, dict[str, Any]] = {
     "gpt_neox": {},
     "falcon": {"new_decoder_architecture": True, "num_kv_heads": 2, "alibi": False},
     "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 4},
+    "openai-gpt": {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256},
+    "modernbert-decoder": {"pad_token_id": 0, "cls_token_id": 0, "sep_token_id": 1, "local_attention": 16},
+    "mamba": {"time_step_rank": 32},
     # mixtures of experts
     "mixtral": {"num_local_experts": 4},
     "qwen3_moe": {"moe_intermediate_size": 32, "num_experts": 12, "num_experts_per_tok": 2, "head_dim": 16},
     "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16, "pad_token_id": 0},
+    "granitemoe": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "deepseek_v3": {
         "num_key_value_heads": 4,
         "moe_intermediate_size": 32,
@@ -107,7 +111,7 @@ _OVERRIDES: dict[str, dict[str, Any]] = {
         "image_token_id": 300,
     },
 }
-MOES = ["mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3"]
+MOES = ["mixtral", "qwen3_moe", "gpt_oss", "granitemoe", "deepseek_v3"]
 ENCODER_DECODERS = ["t5", "bart"]
 VISION = ["llava", "gemma3", "qwen2_5_vl"]
 DENSE = [name for name in _OVERRIDES if name not in (*MOES, *ENCODER_DECODERS, *VISION)]

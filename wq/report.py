@@ -51,7 +51,7 @@ def card(report: dict[str, Any]) -> str:
         ("Format", f"{report['format']}, {report['dtype']} scales and dense tensors"),
         ("Calibration", _calibration(report["calibration"])),
         ("Parameters", share(report)),
-        *_experts(report["layers"]),
+        *_experts(report.get("layers", [])),
         (
             "Size",
             f"{size(report['checkpoint_bytes'])}, from {size(report['source_bytes'])} of {report['source_dtype']}",

@@ -50,7 +50,7 @@ class Captured:
             out = block(self.hidden[batch], *call.args, **call.kwargs)
         else:
             out = block(*call.args, **{self.keyword: self.hidden[batch]}, **call.kwargs)
-        return out[0] if isinstance(out, tuple) else out
+        return out[0] if isinstance(out, (tuple, list)) else out
 
     def returned(self, batch: int, hidden: Tensor) -> Any:
         """Hidden states as a block returns them."""
@@ -147,7 +147,7 @@ class _Recorder:
         if known and not any(isinstance(value, Tensor) for value in known[-1] or ()):
             return known[-1]
         out = original(*args, **kwargs)
-        return tuple(map(self._intern, out[1:])) if isinstance(out, tuple) else None
+        return tuple(map(self._intern, out[1:])) if isinstance(out, (tuple, list)) else None
 
     def _take(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """Note the call of block `index` and return its hidden states."""

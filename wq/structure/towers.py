@@ -39,7 +39,9 @@ def find_towers(model: PreTrainedModel, name: str) -> list[Tower]:
     encoder: Any = model.get_encoder() if paired else None
     towers = [_tower(model, encoder, name)] if reads_text(encoder) else []
     decoder = model.get_decoder()
-    return [*towers, _tower(model, model.base_model if decoder is model else decoder, name, paired)]
+    if decoder is model or not isinstance(decoder, PreTrainedModel):  # ModernBERT calls its head a decoder
+        decoder = model.base_model
+    return [*towers, _tower(model, decoder, name, paired)]
 
 
 def find_blocks(model: PreTrainedModel, name: str) -> Iterator[tuple[str, nn.Module]]:
