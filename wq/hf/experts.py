@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import WeightConverter
+from transformers.integrations.accelerate import load_offloaded_parameter
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from wq import formats
@@ -24,7 +25,7 @@ from wq.checkpoint import Entry
 from wq.errors import CheckpointError
 from wq.formats import compressed_tensors
 from wq.formats.stored import Packed, Stored
-from wq.layers import ExpertWeight, experts
+from wq.layers import ExpertWeight, OffloadedExperts, experts
 from wq.scheme import Scheme
 from wq.structure.experts import PROJECTIONS, Projection, arrange, is_experts, projection
 from wq_kernels import layout as tiles
@@ -175,6 +176,14 @@ def transposed(model: nn.Module, target: str) -> bool:
     return projection(model.get_submodule(path), name).transposed
 
 
+def sizes(model: nn.Module, target: str) -> Projection:
+    """The sizes of a parameter of experts, whether it is there, or room for its packed tensors."""
+    path, _, name = target.rpartition(".")
+    module = model.get_submodule(path)
+    made: Projection | None = module.__dict__.get("_wq_projections", {}).get(name)
+    return projection(module, name) if made is None else made
+
+
 class _Pending:
     """In the place of a parameter that is not there yet; transformers' weight initialisation leaves it alone."""
 
@@ -243,52 +252,77 @@ def finish(model: PreTrainedModel, schemes: Mapping[str, Scheme]) -> None:
         path, _, name = target.rpartition(".")
         module: Any = model.get_submodule(path)
         shape = module.__dict__.get("_wq_projections", {}).pop(name, None)
-        tensors = {suffix: module._parameters.pop(name + suffix, None) for suffix in _SUFFIX.values()}
-        for suffix in ("_packed", "_scale") if scheme.symmetric else _SUFFIX.values():
-            tensor = tensors[suffix]
-            if shape is None or tensor is None or not getattr(tensor, "_is_hf_initialized", False):
+        suffixes = ("_packed", "_scale") if scheme.symmetric else tuple(_SUFFIX.values())
+        tensors: dict[str, Any] = {suffix: module._parameters.get(name + suffix) for suffix in suffixes}
+        offloaded = getattr(getattr(module, "_hf_hook", None), "offload", False)
+        for suffix, tensor in tensors.items():
+            loaded = offloaded or getattr(tensor, "_is_hf_initialized", False)
+            if shape is None or tensor is None or not loaded:
                 raise CheckpointError(f"{target}{suffix} was not in the checkpoint. Download it again.")
-            if tensor.is_meta:
-                raise CheckpointError(f"{target} is offloaded; packed experts cannot be yet. Give them a device.")
         delattr(module, name)
-        values: list[Any] = [None if tensor is None else tensor.data for tensor in tensors.values()]
-        packed, scale, zero = values
-        weight = ExpertWeight.from_stream(packed, scale, zero, shape.in_features, scheme, shape.transposed)
-        setattr(module, name, weight)
+        if offloaded:
+            setattr(module, name, OffloadedExperts(module, name, shape.in_features, scheme, shape.transposed))
+            continue
+        for suffix in suffixes:
+            del module._parameters[name + suffix]
+        packed, scale, zero = (*tensors.values(), None)[:3]
+        setattr(
+            module, name, ExpertWeight.from_stream(packed, scale, zero, shape.in_features, scheme, shape.transposed)
+        )
     if getattr(model.config, "_experts_implementation", None) not in ("eager", "batched_mm"):
         model.set_experts_implementation(experts.IMPLEMENTATION)
 
 
-def save(model: nn.Module, state: dict[str, Tensor], fused: Mapping[str, Fused]) -> None:
-    """Put the tensors of a checkpoint in the place of those of each `ExpertWeight`."""
-    for name, weight in model.named_modules():
-        if not isinstance(weight, ExpertWeight):
-            continue
-        for leaf in _SUFFIX:
-            state.pop(f"{name}.{leaf}", None)
-        streams = [weight.stream(expert) for expert in range(weight.experts)]
-        entry = fused.get(name)
-        if entry is not None and entry.pieces:
-            _save_pieces(state, entry, streams)
-            continue
-        for suffix, tensors in zip(_SUFFIX.values(), zip(*streams, strict=True), strict=True):
-            if tensors[0] is not None:
-                state[name + suffix] = torch.stack(tensors)
-        if not weight.transposed:  # one matrix for each expert on disk: other readers want its shape
-            joined = 2 if name.endswith("gate_up_proj") else 1
-            shape = torch.tensor([weight.out_features // joined, weight.in_features]).repeat(joined)
-            state[f"{name}_shape"] = shape.repeat(weight.experts, 1)
+def save(model: PreTrainedModel, state: dict[str, Tensor], fused: Mapping[str, Fused]) -> None:
+    """Put the tensors of a checkpoint in the place of those of all experts."""
+    for path, module in list(model.named_modules()):
+        for projected in PROJECTIONS:
+            weight, name = getattr(module, projected, None), f"{path}.{projected}"
+            entry = fused.get(name)
+            if isinstance(weight, ExpertWeight):
+                for leaf in _SUFFIX:
+                    state.pop(f"{name}.{leaf}", None)
+                stacks: Any = weight.streams()
+            elif isinstance(weight, OffloadedExperts):
+                stacks = tuple(state.pop(name + suffix, None) for suffix in _SUFFIX.values())
+                if entry is not None and entry.pieces:
+                    stacks = tuple(onloaded(model, name + s, t) for s, t in zip(_SUFFIX.values(), stacks, strict=True))
+            else:
+                continue
+            if entry is not None and entry.pieces:
+                _save_pieces(state, entry, stacks)
+            else:
+                _save_stacks(state, name, stacks, weight)
 
 
-def _save_pieces(state: dict[str, Tensor], entry: Fused, streams: list[tuple[Tensor, Tensor, Tensor | None]]) -> None:
+def onloaded(model: PreTrainedModel, name: str, tensor: Tensor | None) -> Tensor | None:
+    """A parameter's values, read again if it is offloaded."""
+    return load_offloaded_parameter(model, name) if tensor is not None and tensor.is_meta else tensor
+
+
+def _save_stacks(state: dict[str, Tensor], name: str, stacks: tuple[Tensor | None, ...], weight: Any) -> None:
+    """3-D tensors, which transformers takes apart where the checkpoint has one matrix for each expert."""
+    state |= {name + suffix: t for suffix, t in zip(_SUFFIX.values(), stacks, strict=True) if t is not None}
+    if not weight.transposed:  # one matrix for each expert on disk: other readers want its shape
+        assert stacks[0] is not None
+        count, rows = stacks[0].shape[:2]
+        joined = 2 if name.endswith("gate_up_proj") else 1
+        width, columns = weight.scheme.bits, weight.in_features
+        if bits.words(columns, width) != stacks[0].shape[2]:  # what one of several processes has
+            columns = stacks[0].shape[2] * 32 // width
+        state[f"{name}_shape"] = torch.tensor([rows // joined, columns]).repeat(joined).repeat(count, 1)
+
+
+def _save_pieces(state: dict[str, Tensor], entry: Fused, stacks: tuple[Tensor, Tensor, Tensor | None]) -> None:
     """The tensors of each expert and projection, as the checkpoint had them."""
     rows, stored = entry.stored.shape[0], entry.stored
     words = bits.words(rows, stored.scheme.bits)
+    packed, scale, zero = stacks
     for piece, prefixes in enumerate(entry.pieces):
-        for prefix, (packed, scale, zero) in zip(prefixes, streams, strict=True):
-            own = slice(piece * rows, (piece + 1) * rows)
-            points = None if zero is None else zero[piece * words : (piece + 1) * words].clone()
-            weight = Packed(packed[own].clone(), scale[own].clone(), points)
+        own, points = slice(piece * rows, (piece + 1) * rows), slice(piece * words, (piece + 1) * words)
+        for expert, prefix in enumerate(prefixes):
+            zeros = None if zero is None else zero[expert, points].clone()
+            weight = Packed(packed[expert, own].clone(), scale[expert, own].clone(), zeros)
             for leaf, tensor in formats.get(stored.format).from_packed(weight, stored).items():
                 state[f"{prefix}.{leaf}"] = tensor
 
@@ -309,7 +343,7 @@ def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> None:
 
 def _forward(module: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
     """The experts implementation called `wq`; experts that are dense take transformers' grouped one."""
-    if isinstance(getattr(module, "down_proj", None), ExpertWeight):
+    if isinstance(getattr(module, "down_proj", None), (ExpertWeight, OffloadedExperts)):
         return experts.forward(module, *args, **kwargs)
     return ALL_EXPERTS_FUNCTIONS["grouped_mm"](module, *args, **kwargs)
 

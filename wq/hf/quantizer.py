@@ -21,11 +21,12 @@ from wq.checkpoint import Entry, read_header
 from wq.errors import CheckpointError, ModelError
 from wq.formats import compressed_tensors
 from wq.formats.stored import Packed, Stored
-from wq.hf import experts
+from wq.hf import experts, parallel
 from wq.hf.config import METHOD, WqConfig
-from wq.hf.conversion import PARAMETERS, Dequantize, Quantize, Unpack, dense_like, is_own, packed_like
+from wq.hf.conversion import PARAMETERS, Unpack, dense_like, is_own, packed_like
 from wq.hf.inspection import inspect
 from wq.layers import WqLinear
+from wq.layers.parts import whole
 from wq.quantized import LEAVES
 from wq.scheme import Scheme
 from wq.structure.experts import find_experts
@@ -105,9 +106,26 @@ class WqQuantizer(HfQuantizer):
             model.set_submodule(path, packed_like(dense, stored.scheme, dtype, stored.permuted))
         for parameter, entry in self.experts.items():
             experts.make_room(model, parameter, entry.stored.scheme)
-        # Recomputed on save; as parameters, tensor parallelism would cut them up.
-        skipped = {r"weight_shape$", r"g_idx$", r"_proj_shape$"}
+        # Recomputed on save; as parameters, tensor parallelism would cut them up. Of experts in other formats also the
+        # zero points of a symmetric grid, and the column order, which by now has the name of a packed weight.
+        skipped = {r"weight_shape$", r"g_idx$", r"_proj_shape$", r"_proj_zero_point$", r"experts\..*\.weight_packed$"}
         model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), *skipped}
+
+    def update_parallel_plan(self, model: PreTrainedModel, plan: dict[str, str]) -> None:
+        """How packed layers are split over processes. Raises ModelError for one that cannot be."""
+        super().update_parallel_plan(model, plan)
+        if plan is not model.tp_plan:
+            return
+        if self.quantization_config.dequantize:
+            if self.experts and parallel.processes(model) > 1:
+                raise ModelError("packed experts cannot be dequantized in parts. Load them packed, or in one process.")
+            parallel.adapt(model, plan, dict.fromkeys(self.stored), set(self.stored))
+            return
+        whole = set(self.schemes) | {p for p, s in self.stored.items() if not compressed_tensors.is_plain(s)}
+        schemes = self.schemes | {path: stored.scheme for path, stored in self.stored.items()}
+        layers = {path: scheme for path, scheme in schemes.items() if not self._is_experts(path)}
+        parallel.adapt(model, plan, layers, whole)
+        parallel.adapt_experts(model, plan, {name: self.schemes[name] for name in self.fused}, self.experts)
 
     # --- while they load ---
 
@@ -124,10 +142,10 @@ class WqQuantizer(HfQuantizer):
         return param_name in self.schemes or (leaf == "weight" and module in self.schemes)
 
     def get_quantize_ops(self) -> ConversionOps:
-        return Quantize(self)
+        return parallel.QuantizeAndCut(self)
 
     def get_load_operations(self) -> dict[str, type[ConversionOps]]:
-        return {"dequantize": Dequantize}
+        return {"dequantize": parallel.DequantizeAndCut}
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
         """Converters for what the shards hold, before the model's own."""
@@ -145,7 +163,7 @@ class WqQuantizer(HfQuantizer):
             return list(super().get_weight_conversions())
         foreign = {stored.format for stored in self.stored.values() if not compressed_tensors.is_plain(stored)}
         return [
-            WeightConverter(list(formats.get(name).LEAVES), ["weight_packed"], [Unpack(self)])
+            WeightConverter(list(formats.get(name).LEAVES), ["weight_packed"], [Unpack(self), parallel.Cut(self)])
             for name in sorted(foreign - {"awq"} if "gptq" in foreign else foreign)  # awq's leaves are among gptq's
         ]
 
@@ -182,10 +200,13 @@ class WqQuantizer(HfQuantizer):
         state = model.state_dict()
         for name, module in model.named_modules():
             if isinstance(module, WqLinear):
-                values = Packed(*(state.pop(f"{name}.{parameter}", None) for parameter in PARAMETERS))
+                tensors = {leaf: state.pop(f"{name}.{leaf}", None) for leaf in PARAMETERS}
                 stored = self.stored.get(name) or Stored(
                     "compressed-tensors", module.scheme, (module.out_features, module.in_features)
                 )
+                if not compressed_tensors.is_plain(stored):  # takes values: of all processes, and of what is offloaded
+                    tensors = {k: whole(experts.onloaded(model, f"{name}.{k}", t)) for k, t in tensors.items()}
+                values = Packed(*tensors.values())
                 for leaf, tensor in formats.get(stored.format).from_packed(values, stored).items():
                     state[f"{name}.{leaf}"] = tensor
         experts.save(model, state, self.experts)
@@ -193,6 +214,11 @@ class WqQuantizer(HfQuantizer):
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        for name, module in model.named_modules():
+            offloaded = any(p.is_meta for p in module.parameters(recurse=False))
+            if offloaded or parallel.is_split(module):
+                where = "offloaded" if offloaded else "split over processes"
+                raise ModelError(f"{name} is {where}; load the model with WqConfig(dequantize=True) instead.")
         for name, layer in list(model.named_modules()):
             if isinstance(layer, WqLinear):
                 model.set_submodule(name, dense_like(layer, dtype))

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from wq.layers import ops
+from wq.layers.parts import Join, join, local, whole
 from wq.scheme import Scheme
 from wq_kernels import layout as tiles
 
@@ -25,12 +26,16 @@ class ExpertWeight(nn.Module):
     weight_packed: int32 `[experts, blocks, out, 16]`. weight_scale: float `[experts, groups, out]`. weight_zero_point:
     uint8 `[experts, groups or 1, out]`. `out` and `in` are padded; see `wq_kernels.layout`.
     transposed: whether the parameter that this replaces was `[experts, in, out]`, which is what indexing gives then.
+
+    split: whether, under tensor or expert parallelism, it holds and says the sizes of this process's part only.
     """
 
     def __init__(self, experts: int, out_features: int, in_features: int, scheme: Scheme, transposed: bool = False):
         super().__init__()
         self.experts, self.out_features, self.in_features = experts, out_features, in_features
         self.scheme, self.transposed = scheme, transposed
+        self.split = False
+        self._joins: tuple[Join | None, ...] = ()
         self.weight_packed: nn.Parameter
         self.weight_scale: nn.Parameter
         self.weight_zero_point: nn.Parameter
@@ -45,8 +50,13 @@ class ExpertWeight(nn.Module):
         scheme: Scheme,
         transposed: bool = False,
     ) -> ExpertWeight:
-        """From tensors in the layout of checkpoints, with a dimension of experts before the others."""
+        """From tensors in the layout of checkpoints, DTensors too, with a dimension of experts before the others."""
+        split = hasattr(packed, "placements")
+        joins = tuple(None if tensor is None else join(tensor) for tensor in (packed, scale, zero))
+        in_features = in_features * local(packed).shape[2] // packed.shape[2]
+        packed, scale, zero = local(packed), local(scale), None if zero is None else local(zero)
         weight = cls(packed.shape[0], packed.shape[1], in_features, scheme, transposed)
+        weight.split, weight._joins = split, joins
         parts = [
             tiles.from_stream(p, s, None if zero is None else zero[e], scheme.bits, in_features)
             for e, (p, s) in enumerate(zip(packed, scale, strict=True))
@@ -61,6 +71,14 @@ class ExpertWeight(nn.Module):
         tensors = self.weight_packed[expert], self.weight_scale[expert], self.weight_zero_point[expert]
         sizes = (self.scheme.bits, self.out_features, self.in_features)
         return tiles.to_stream(*tensors, *sizes, self.scheme.symmetric)
+
+    def streams(self) -> tuple[Tensor | None, ...]:
+        """The same of all experts, stacked. What processes share is put together: each must call this."""
+        stacks = zip(*(self.stream(expert) for expert in range(self.experts)), strict=True)
+        return tuple(
+            None if parts[0] is None or rejoin is None else whole(rejoin(torch.stack(parts)))
+            for parts, rejoin in zip(stacks, self._joins, strict=True)
+        )
 
     @property
     def shape(self) -> torch.Size:
@@ -89,6 +107,10 @@ class ExpertWeight(nn.Module):
 
     def linear(self, x: Tensor, expert_of_row: Tensor, bias: Tensor | None = None) -> Tensor:
         """Row r: input `r // (rows / inputs)` times the weight of its expert, `[rows, out]`."""
+        y: Tensor = self(x, expert_of_row, bias)  # a call, so that accelerate's hooks see it
+        return y
+
+    def forward(self, x: Tensor, expert_of_row: Tensor, bias: Tensor | None) -> Tensor:
         return ops.expert_linear(
             x,
             expert_of_row,
@@ -107,6 +129,50 @@ class ExpertWeight(nn.Module):
             f"experts={self.experts}, in_features={self.in_features}, out_features={self.out_features}, "
             f"bits={self.scheme.bits}, group_size={self.scheme.group_size}, {grid}"
         )
+
+
+class OffloadedExperts:
+    """In the place of an `ExpertWeight` whose tensors accelerate moves in and out: laid out anew whenever it is used.
+
+    module: the one that has them as parameters, in the layout of checkpoints, `name` and a suffix.
+    """
+
+    def __init__(self, module: nn.Module, name: str, in_features: int, scheme: Scheme, transposed: bool):
+        self.module, self.name, self.scheme = module, name, scheme
+        self.in_features, self.transposed = in_features, transposed
+
+    def parameter(self, leaf: str) -> Any:
+        return self.module._parameters.get(f"{self.name}_{leaf}")
+
+    def present(self) -> ExpertWeight:
+        """The weight, while its tensors are on a device."""
+        packed, scale, zero = (self.parameter(leaf) for leaf in ("packed", "scale", "zero_point"))
+        return ExpertWeight.from_stream(packed, scale, zero, self.in_features, self.scheme, self.transposed)
+
+    @property
+    def experts(self) -> int:
+        return int(self.parameter("packed").shape[0])
+
+    @property
+    def shape(self) -> torch.Size:
+        rows = self.parameter("packed").shape[1]
+        return torch.Size((self.experts, *((self.in_features, rows) if self.transposed else (rows, self.in_features))))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        dtype: torch.dtype = self.parameter("scale").dtype
+        return dtype
+
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = self.parameter("packed").device
+        return device
+
+    def __getitem__(self, index: Any) -> Tensor:
+        return self.present()[index]
+
+    def linear(self, x: Tensor, expert_of_row: Tensor, bias: Tensor | None = None) -> Tensor:
+        return self.present().linear(x, expert_of_row, bias)
 
 
 def forward(experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:

@@ -10,9 +10,12 @@ from torch import Tensor, nn
 
 import wq_kernels
 from wq.layers import ops
+from wq.layers.parts import Join, join, local
 from wq.scheme import Scheme
 from wq_kernels import layout as tiles
 from wq_kernels import stream as bit_stream
+
+_WEIGHT = ("weight_packed", "weight_scale", "weight_zero_point")  # what is laid out
 
 
 class PackedWeight:
@@ -56,6 +59,10 @@ class PackedWeight:
         """The dense weight, in the scale's dtype."""
         return self._layer.dequantize()
 
+    def __matmul__(self, other: Tensor) -> Tensor:
+        """For models that multiply by a weight themselves, as Mamba does by that of its time steps."""
+        return self._layer.dequantize(other.dtype) @ other
+
     @property
     def data(self) -> Tensor:
         raise RuntimeError("this weight is packed; call model.dequantize() first, for example to merge an adapter")
@@ -70,6 +77,9 @@ class WqLinear(nn.Linear):
 
     permutation: int32 `[in]`, the input column of each column of the weight where those are in another order
     (act-order), or None.
+
+    part: `(out, in)` of the rows or columns that this process has, under tensor parallelism; the parameters then are
+    DTensors. With some of the columns in another order, x is the whole input.
 
     `prepare` lays the weight out for the kernels of the device it is on, as `.to(device)` does; the state dict is the
     checkpoint's at all times.
@@ -90,7 +100,9 @@ class WqLinear(nn.Linear):
     ):
         nn.Module.__init__(self)
         self.in_features, self.out_features, self.scheme = in_features, out_features, scheme
+        self.part: tuple[int, int] | None = None
         self.layout = ops.STREAM
+        self._joins: dict[str, Join] = {}
         self.transposed = False  # whether the layer in whose place it stands has its weight as [in, out]
         self._is_hf_initialized = True
         groups = scheme.groups(in_features)
@@ -108,16 +120,20 @@ class WqLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """`x @ W.T + bias` for x `[..., in]`."""
+        out_features, in_features = self._sizes
+        permutation = self.permutation
+        if permutation is not None and in_features != self.in_features:
+            x, permutation = x.index_select(-1, permutation), None
         return ops.linear(
             x,
             self.weight_packed,
             self.weight_scale,
             self.weight_zero_point,
-            self.permutation,
+            permutation,
             self.bias,
             self.scheme.bits,
-            self.out_features,
-            self.in_features,
+            out_features,
+            in_features,
             self.layout,
         )
 
@@ -143,18 +159,25 @@ class WqLinear(nn.Linear):
         """Lay the weight out for the device it is on. Weights on no device, or offloaded, stay as they are."""
         if self.weight_packed.is_meta:
             return self
-        groups = self.scheme.groups(self.in_features)
+        _, in_features = self._sizes
+        groups = max(1, self.scheme.groups(self.in_features) * in_features // self.in_features)
         device = self.weight_packed.device
-        self._set_layout(wq_kernels.preferred_layout(device, self.scheme.bits, self.in_features, groups))
+        self._set_layout(wq_kernels.preferred_layout(device, self.scheme.bits, in_features, groups))
         return self
+
+    @property
+    def _sizes(self) -> tuple[int, int]:
+        return self.part or (self.out_features, self.in_features)
 
     def _set_layout(self, layout: str) -> None:
         if layout == self.layout:
             return
         packed, scale, zero = self._stream()
         if layout != ops.STREAM:
-            packed, scale, zero = tiles.from_stream(packed, scale, zero, self.scheme.bits, self.in_features)
-        for name, tensor in (("weight_packed", packed), ("weight_scale", scale), ("weight_zero_point", zero)):
+            self._joins = {name: join(getattr(self, name)) for name in _WEIGHT}
+            packed, scale, zero = tiles.from_stream(packed, scale, zero, self.scheme.bits, self._sizes[1])
+        for name, part in zip(_WEIGHT, (packed, scale, zero), strict=True):
+            tensor = part if part is None or layout != ops.STREAM else self._joins[name](part)
             parameter = None if tensor is None else nn.Parameter(tensor, requires_grad=False)
             if parameter is not None:
                 parameter._is_hf_initialized = True  # type: ignore[attr-defined]
@@ -162,13 +185,12 @@ class WqLinear(nn.Linear):
         self.layout = layout
 
     def _stream(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        """packed, scale and zero as a checkpoint has them."""
-        packed, scale, zero = self.weight_packed.detach(), self.weight_scale.detach(), self.weight_zero_point
+        """packed, scale and zero as a checkpoint has them; this process's part of them."""
+        packed, scale, zero = local(self.weight_packed), local(self.weight_scale), self.weight_zero_point
         if self.layout == ops.STREAM:
-            return packed, scale, None if zero is None else zero.detach()
+            return packed, scale, None if zero is None else local(zero)
         assert zero is not None  # the tiled layout has zero points on every grid
-        sizes = (self.scheme.bits, self.out_features, self.in_features)
-        return tiles.to_stream(packed, scale, zero.detach(), *sizes, self.scheme.symmetric)
+        return tiles.to_stream(packed, scale, zero.detach(), self.scheme.bits, *self._sizes, self.scheme.symmetric)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """`.to()` and its kin: to another device means to that device's layout."""
@@ -181,11 +203,10 @@ class WqLinear(nn.Linear):
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.layout != ops.STREAM:
-            names = ("weight_packed", "weight_scale", "weight_zero_point")
-            for name, tensor in zip(names, self._stream(), strict=True):
+            for name, tensor in zip(_WEIGHT, self._stream(), strict=True):
                 destination.pop(prefix + name, None)
                 if tensor is not None:
-                    destination[prefix + name] = tensor
+                    destination[prefix + name] = self._joins[name](tensor)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         """A state dict is in the checkpoint's layout: go there, load, and come back."""
