@@ -291,8 +291,10 @@ def save(model: PreTrainedModel, state: dict[str, Tensor], fused: Mapping[str, F
                 continue
             if entry is not None and entry.pieces:
                 _save_pieces(state, entry, stacks)
-            else:
-                _save_stacks(state, name, stacks, weight)
+                continue
+            state |= {name + s: t for s, t in zip(_SUFFIX.values(), stacks, strict=True) if t is not None}
+            if entry is None and not weight.transposed:  # made here, and transformers will take it apart: pieces have
+                state[f"{name}_shape"] = _shapes(name, stacks[0], weight)  # a shape for other readers
 
 
 def onloaded(model: PreTrainedModel, name: str, tensor: Tensor | None) -> Tensor | None:
@@ -300,17 +302,14 @@ def onloaded(model: PreTrainedModel, name: str, tensor: Tensor | None) -> Tensor
     return load_offloaded_parameter(model, name) if tensor is not None and tensor.is_meta else tensor
 
 
-def _save_stacks(state: dict[str, Tensor], name: str, stacks: tuple[Tensor | None, ...], weight: Any) -> None:
-    """3-D tensors, which transformers takes apart where the checkpoint has one matrix for each expert."""
-    state |= {name + suffix: t for suffix, t in zip(_SUFFIX.values(), stacks, strict=True) if t is not None}
-    if not weight.transposed:  # one matrix for each expert on disk: other readers want its shape
-        assert stacks[0] is not None
-        count, rows = stacks[0].shape[:2]
-        joined = 2 if name.endswith("gate_up_proj") else 1
-        width, columns = weight.scheme.bits, weight.in_features
-        if bits.words(columns, width) != stacks[0].shape[2]:  # what one of several processes has
-            columns = stacks[0].shape[2] * 32 // width
-        state[f"{name}_shape"] = torch.tensor([rows // joined, columns]).repeat(joined).repeat(count, 1)
+def _shapes(name: str, packed: Tensor, weight: Any) -> Tensor:
+    """`(out, in)` of each expert's pieces in a row, int64 `[experts, 2 · pieces]`."""
+    count, rows, words = packed.shape
+    joined = 2 if name.endswith("gate_up_proj") else 1
+    width, columns = weight.scheme.bits, weight.in_features
+    if bits.words(columns, width) != words:  # what one of several processes has
+        columns = words * 32 // width
+    return torch.tensor([rows // joined, columns]).repeat(joined).repeat(count, 1)
 
 
 def _save_pieces(state: dict[str, Tensor], entry: Fused, stacks: tuple[Tensor, Tensor, Tensor | None]) -> None:
