@@ -143,11 +143,33 @@ def test_names_on_disk_are_those_of_the_dense_checkpoint(dense: Callable[[str], 
         assert rest == set(before) - packed
 
 
-def test_experts_stay_dense_when_told_or_when_no_kernel_takes_their_bits(dense: Callable[[str], Path]) -> None:
-    for options in ({"keep": ["experts"]}, {"bits": 3}):
-        model = load(dense("mixtral"), **options)
-        assert not expert_weights(model)
-        assert logits(model).isfinite().all()
+def test_experts_stay_dense_when_told(dense: Callable[[str], Path]) -> None:
+    model = load(dense("mixtral"), keep=["experts"])
+    assert not expert_weights(model)
+    assert logits(model).isfinite().all()
+
+
+@each_model
+@each_grid
+def test_three_bits_are_held_as_four_and_saved_as_three(
+    name: str, grid: str, dense: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """There is no tile of 3 bits; the values are the same."""
+    model = load(dense(name), bits=3, **GRIDS[grid])
+    weights = expert_weights(model)
+    assert {(weight.scheme.bits, weight.width) for weight in weights} == {(3, 4)}
+    model.save_pretrained(tmp_path / "out")
+    again = load(tmp_path / "out")
+    assert torch.equal(logits(again), logits(model))
+    again.save_pretrained(tmp_path / "twice")
+    assert same(tensors_of(tmp_path / "out"), tensors_of(tmp_path / "twice"))
+    plain = load(tmp_path / "out", dequantize=True)
+    assert not expert_weights(plain)
+    for path, weight in model.named_modules():
+        if isinstance(weight, ExpertWeight):
+            assert torch.equal(weight[:], plain.get_parameter(path))
+    words = sum(t.numel() for n, t in tensors_of(tmp_path / "out").items() if ".experts." in n and n.endswith("packed"))
+    assert words * 32 == sum(weight.shape.numel() for weight in weights) * 3
 
 
 def rewritten(folder: Path, output: Path, format: str, symmetric: bool) -> Path:

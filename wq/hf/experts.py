@@ -52,11 +52,6 @@ class Fused:
     pieces: tuple[tuple[str, ...], ...]
 
 
-def packable(width: int) -> bool:
-    """Whether experts can stay packed with so many bits."""
-    return tiles.supports(width)
-
-
 # --- reading headers ---
 
 
@@ -102,9 +97,9 @@ def common(model: PreTrainedModel, target: str, pieces: Mapping[str, Stored]) ->
         raise CheckpointError(f"{first[0]}: experts with their columns in another order (act-order) are not supported.")
     table = arrange(model, target, pieces, whole.experts)
     rows = stored.shape[0] * len(table)
-    if rows != whole.out_features or bits.words(stored.shape[0], stored.scheme.bits) * len(table) != bits.words(
-        rows, stored.scheme.bits
-    ):
+    width = stored.scheme.bits
+    joins = stored.scheme.symmetric or bits.words(stored.shape[0], width) * len(table) == bits.words(rows, width)
+    if rows != whole.out_features or not joins:
         raise CheckpointError(f"{target} has {whole.out_features} rows; its pieces have {stored.shape[0]} each.")
     return Fused(stored, tuple(map(tuple, table)))
 
@@ -136,10 +131,10 @@ def _no_values(target: str, leaf: str) -> Tensor:
 
 
 def _check_tiles(target: str, scheme: Scheme, whole: Projection) -> None:
-    if not tiles.fits(scheme.bits, whole.in_features, scheme.groups(whole.in_features, target)):
+    if not tiles.fits(experts.width_of(scheme.bits), whole.in_features, scheme.groups(whole.in_features, target)):
         raise CheckpointError(
-            f"{target}: packed experts have 2, 4 or 8 bits in groups of 32 · 2ⁿ columns, not {scheme.bits} bits in "
-            f"groups of {scheme.group_size}. Load it with WqConfig(dequantize=True)."
+            f"{target}: packed experts have groups of 32 · 2ⁿ columns, not groups of {scheme.group_size}. "
+            "Load it with WqConfig(dequantize=True)."
         )
 
 

@@ -75,10 +75,9 @@ class WqQuantizer(HfQuantizer):
         for path, block in find_blocks(model, type(model).__name__):
             for name, linear in find_linears(block, path, keep).items():
                 sizes[f"{path}.{name}"] = shape_of(linear)[1]
-            if experts.packable(config.bits):
-                found = {f"{path}.{name}": size for name, size in find_experts(block, path, keep).items()}
-                sizes |= {name: projection.in_features for name, projection in found.items()}
-                self.fused |= set(found)
+            found = {f"{path}.{name}": size for name, size in find_experts(block, path, keep).items()}
+            sizes |= {name: projection.in_features for name, projection in found.items()}
+            self.fused |= set(found)
         if not sizes:
             raise ModelError(f"{type(model).__name__}: keep={list(config.keep)} leaves no layer to quantize.")
         dtype = str(torch.get_default_dtype()).removeprefix("torch.")

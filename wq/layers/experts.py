@@ -16,8 +16,14 @@ from wq.layers import ops
 from wq.layers.parts import Join, join, local, whole
 from wq.scheme import Scheme
 from wq_kernels import layout as tiles
+from wq_kernels import stream as bit_stream
 
 IMPLEMENTATION = "wq"  # its name in transformers' registry
+
+
+def width_of(bits: int) -> int:
+    """How many bits experts with codes of so many take in memory: the next width that the tiles have."""
+    return next(width for width in (2, 4, 8) if width >= bits)
 
 
 class ExpertWeight(nn.Module):
@@ -26,6 +32,7 @@ class ExpertWeight(nn.Module):
     weight_packed: int32 `[experts, blocks, out, 16]`. weight_scale: float `[experts, groups, out]`. weight_zero_point:
     uint8 `[experts, groups or 1, out]`. `out` and `in` are padded; see `wq_kernels.layout`.
     transposed: whether the parameter that this replaces was `[experts, in, out]`, which is what indexing gives then.
+    width: bits of a code here; 3 of a checkpoint are held as 4, with the same values.
 
     split: whether, under tensor or expert parallelism, it holds and says the sizes of this process's part only.
     """
@@ -34,6 +41,7 @@ class ExpertWeight(nn.Module):
         super().__init__()
         self.experts, self.out_features, self.in_features = experts, out_features, in_features
         self.scheme, self.transposed = scheme, transposed
+        self.width = width_of(scheme.bits)
         self.split = False
         self._joins: tuple[Join | None, ...] = ()
         self.weight_packed: nn.Parameter
@@ -57,10 +65,10 @@ class ExpertWeight(nn.Module):
         packed, scale, zero = local(packed), local(scale), None if zero is None else local(zero)
         weight = cls(packed.shape[0], packed.shape[1], in_features, scheme, transposed)
         weight.split, weight._joins = split, joins
-        parts = [
-            tiles.from_stream(p, s, None if zero is None else zero[e], scheme.bits, in_features)
-            for e, (p, s) in enumerate(zip(packed, scale, strict=True))
-        ]
+        parts = []
+        for expert, (words, scales) in enumerate(zip(packed, scale, strict=True)):
+            words, points = weight._widened(words, scales, None if zero is None else zero[expert])
+            parts.append(tiles.from_stream(words, scales, points, weight.width, in_features))
         names = ("weight_packed", "weight_scale", "weight_zero_point")
         for name, tensors in zip(names, zip(*parts, strict=True), strict=True):
             weight.register_parameter(name, nn.Parameter(torch.stack(tensors), requires_grad=False))
@@ -69,8 +77,26 @@ class ExpertWeight(nn.Module):
     def stream(self, expert: int) -> tuple[Tensor, Tensor, Tensor | None]:
         """packed, scale and zero point of one expert as a checkpoint has them."""
         tensors = self.weight_packed[expert], self.weight_scale[expert], self.weight_zero_point[expert]
-        sizes = (self.scheme.bits, self.out_features, self.in_features)
-        return tiles.to_stream(*tensors, *sizes, self.scheme.symmetric)
+        sizes, bits = (self.width, self.out_features, self.in_features), self.scheme.bits
+        if self.width == bits:
+            return tiles.to_stream(*tensors, *sizes, self.scheme.symmetric)
+        packed, scale, zero = tiles.to_stream(*tensors, *sizes, False)
+        assert zero is not None
+        packed = _repacked(packed, self.width, bits, self.in_features)
+        points = None if self.scheme.symmetric else _repacked(zero.t(), self.width, bits, self.out_features).t()
+        return packed, scale, None if points is None else points.contiguous()
+
+    def _widened(self, packed: Tensor, scale: Tensor, zero: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """One expert's codes and zero points in `width` bits; those of a symmetric grid must be given then, too."""
+        bits = self.scheme.bits
+        if self.width == bits:
+            return packed, zero
+        if zero is None:
+            points = torch.full_like(scale.t(), self.scheme.midpoint, dtype=torch.uint8)
+            zero = bit_stream.pack(points.contiguous(), self.width)
+        else:
+            zero = _repacked(zero.t(), bits, self.width, self.out_features)
+        return _repacked(packed, bits, self.width, self.in_features), zero.t().contiguous()
 
     def streams(self) -> tuple[Tensor | None, ...]:
         """The same of all experts, stacked. What processes share is put together: each must call this."""
@@ -96,7 +122,7 @@ class ExpertWeight(nn.Module):
     def __getitem__(self, index: Any) -> Tensor:
         """The dense weight of the expert, or experts, at `index`."""
         wanted = torch.arange(self.experts, device=self.device)[index]
-        sizes = (self.scheme.bits, self.out_features, self.in_features, self.dtype)
+        sizes = (self.width, self.out_features, self.in_features, self.dtype)
         dense = [
             tiles.dequantize(self.weight_packed[e], self.weight_scale[e], self.weight_zero_point[e], *sizes)
             for e in wanted.reshape(-1).tolist()
@@ -118,7 +144,7 @@ class ExpertWeight(nn.Module):
             self.weight_scale,
             self.weight_zero_point,
             bias,
-            self.scheme.bits,
+            self.width,
             self.out_features,
             self.in_features,
         )
@@ -129,6 +155,11 @@ class ExpertWeight(nn.Module):
             f"experts={self.experts}, in_features={self.in_features}, out_features={self.out_features}, "
             f"bits={self.scheme.bits}, group_size={self.scheme.group_size}, {grid}"
         )
+
+
+def _repacked(words: Tensor, bits: int, width: int, count: int) -> Tensor:
+    """A stream of codes in words of another width."""
+    return bit_stream.pack(bit_stream.unpack(words.contiguous(), bits, count), width)
 
 
 class OffloadedExperts:
