@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from wq import WqConfig, WqLinear, formats, quantize
+from wq.errors import CheckpointError
 from wq.scheme import Scheme
 from wq.solvers import rtn
 from wq_kernels import stream
@@ -313,3 +314,21 @@ def test_shards_load_as_one_file_does(dialect: str, checkpoint: Checkpoint, tmp_
     model.save_pretrained(tmp_path, max_shard_size="40KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
     assert torch.equal(logits(load(tmp_path)), logits(load(checkpoint(dialect))))
+
+
+def test_biases_of_zeros_where_the_model_has_none_are_left_out(tiny_model: TinyModel, tmp_path: Path) -> None:
+    """AutoGPTQ wrote them; a bias that is not zero would change the model, and is refused."""
+    folder = tmp_path / "out"
+    quantize(tiny_model(), folder, method="rtn", group_size=32, format=GPTQ)
+    tensors = load_file(folder / "model.safetensors")
+    with torch.no_grad():
+        expected = load(folder)(torch.arange(2, 20).reshape(1, 18)).logits
+    for value in (0.0, 0.5):
+        tensors[f"{LAYER}.bias"] = torch.full((64,), value, dtype=torch.float16)
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+        if value:
+            with pytest.raises(CheckpointError, match=rf"1 unexpected tensors in the checkpoint: {LAYER}\.bias"):
+                load(folder)
+        else:
+            with torch.no_grad():
+                assert torch.equal(load(folder)(torch.arange(2, 20).reshape(1, 18)).logits, expected)

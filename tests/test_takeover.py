@@ -70,20 +70,20 @@ def test_by_default_wq_serves_what_the_stock_backend_is_missing_for(
     method: str | None, installed: tuple[str, ...], expected: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     present(monkeypatch, *installed)
-    assert serves(method, None) is expected
-    assert serves(method, WqConfig()) is True
+    assert serves({"quant_method": method}, None) is expected
+    assert serves({"quant_method": method}, WqConfig()) is True
 
 
 def test_a_policy_decides_within_the_context_and_is_gone_after() -> None:
     for policy, expected in (("always", True), ("never", False)):
         with takeover(policy):
-            assert serves("compressed-tensors", None) is expected
-            assert serves("compressed-tensors", WqConfig()) is True
-            assert serves("bitsandbytes", None) is False
-    before = serves("gptq", None)
+            assert serves({"quant_method": "compressed-tensors"}, None) is expected
+            assert serves({"quant_method": "compressed-tensors"}, WqConfig()) is True
+            assert serves({"quant_method": "bitsandbytes"}, None) is False
+    before = serves({"quant_method": "gptq"}, None)
     with takeover("never"), takeover("always"):
-        assert serves("gptq", None) is True
-    assert serves("gptq", None) is before
+        assert serves({"quant_method": "gptq"}, None) is True
+    assert serves({"quant_method": "gptq"}, None) is before
 
 
 def test_a_policy_that_is_none_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,7 +91,7 @@ def test_a_policy_that_is_none_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
         pass
     monkeypatch.setenv(ENVIRONMENT, "sometimes")
     with pytest.raises(SchemeError, match="missing, always, never"):
-        serves("gptq", None)
+        serves({"quant_method": "gptq"}, None)
 
 
 @pytest.mark.parametrize("format", ["gptq", "awq"])
@@ -109,6 +109,21 @@ def test_a_repo_that_stock_transformers_loads_stays_with_it_unless_told(repos: d
     assert not uses_wq(repos["compressed-tensors"])
     with takeover("always"):
         assert uses_wq(repos["compressed-tensors"])
+
+
+def test_what_the_stock_loader_fails_to_load_is_served_although_it_is_installed(
+    tiny_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Asymmetric compressed-tensors, and AutoRound's first name for itself."""
+    if importlib.util.find_spec("compressed_tensors") is None:
+        pytest.skip("compressed-tensors is not installed")
+    quantize(tiny_model(), tmp_path / "asymmetric", method="rtn", symmetric=False, group_size=32)
+    assert uses_wq(tmp_path / "asymmetric")
+    with takeover("never"), pytest.raises((RuntimeError, ValueError)):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "asymmetric")
+    present(monkeypatch, "auto_round")
+    assert serves({"quant_method": "intel/auto-round"}, None)
+    assert not serves({"quant_method": "auto-round"}, None)
 
 
 def test_the_wrapped_function_can_be_taken_off_and_put_back(repos: dict[str, Path]) -> None:

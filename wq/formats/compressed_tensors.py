@@ -7,7 +7,7 @@
     weight_g_idx       int32 [in]                  the group of each column, where it was quantized in another order
 
 Checked bit for bit against compressed-tensors 0.20. Older versions packed 3, 5, 6 and 7 bits as many whole values as a
-word holds; such checkpoints are read, and told from the number of words.
+word holds, and up to 0.9.3 left zero points as signed int8 `[out, groups]`; such checkpoints are read.
 """
 
 from __future__ import annotations
@@ -108,7 +108,10 @@ def inspect(
     if "weight_shape" in leaves and read("weight_shape").flatten().tolist() != list(shape):
         raise CheckpointError(f"{name}.weight_shape is {read('weight_shape').tolist()}; the layer is {list(shape)}.")
     symmetric = "weight_zero_point" not in leaves
-    if not symmetric:
+    if not symmetric and leaves["weight_zero_point"].dtype == torch.int8:
+        stored.expect(name, leaves, "weight_zero_point", (out_features, groups), torch.int8)
+        variant = f"{variant} with int8 zero points".strip()
+    elif not symmetric:
         stored.expect(name, leaves, "weight_zero_point", (count(out_features, width), groups), torch.int32)
     permuted = False
     if "weight_g_idx" in leaves:
@@ -126,9 +129,12 @@ def to_packed(tensors: dict[str, Tensor], info: Stored) -> Packed:
     zero, order = tensors.get("weight_zero_point"), None
     if "aligned" in info.variant:
         packed = bits.pack(_unpack_aligned(packed, width, in_features), width)
-        if zero is not None:
+        if zero is not None and zero.dtype != torch.int8:
             points = _unpack_aligned(zero.t().contiguous(), width, out_features)
             zero = bits.pack(points, width).t().contiguous()
+    if zero is not None and zero.dtype == torch.int8:
+        points = (zero.to(torch.int16) + info.scheme.midpoint).to(torch.uint8) & (info.scheme.levels - 1)
+        zero = bits.pack(points.t().contiguous(), width).t().contiguous()
     if info.permuted:
         order = stored.column_order("", tensors["weight_g_idx"].cpu(), in_features, scale.shape[1])
         assert order is not None
@@ -144,9 +150,12 @@ def from_packed(weight: Packed, info: Stored) -> dict[str, Tensor]:
     if weight.permutation is not None:
         codes = bits.unpack(packed, width, in_features)
         packed = bits.pack(torch.empty_like(codes).index_copy_(1, weight.permutation.long(), codes), width)
+    if zero is not None and "int8" in info.variant:
+        points = bits.unpack(zero.t().contiguous(), width, out_features).t()
+        zero = (points.to(torch.int16) - info.scheme.midpoint).to(torch.int8).contiguous()
     if "aligned" in info.variant:
         packed = _pack_aligned(bits.unpack(packed, width, in_features), width)
-        if zero is not None:
+        if zero is not None and zero.dtype != torch.int8:
             points = bits.unpack(zero.t().contiguous(), width, out_features)
             zero = _pack_aligned(points, width).t().contiguous()
     tensors = {"weight_packed": packed, "weight_scale": weight.scale, "weight_shape": torch.tensor(info.shape)}
@@ -160,7 +169,8 @@ def from_packed(weight: Packed, info: Stored) -> dict[str, Tensor]:
 
 def is_plain(info: Stored) -> bool:
     """Whether the tensors are those of a `WqLinear` as they are."""
-    return info.format == "compressed-tensors" and "aligned" not in info.variant and not info.permuted
+    dialect = "aligned" in info.variant or "int8" in info.variant or info.permuted
+    return info.format == "compressed-tensors" and not dialect
 
 
 def declared_weights(config: Mapping[str, Any] | None, name: str) -> list[Mapping[str, Any]]:

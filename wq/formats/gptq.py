@@ -31,8 +31,7 @@ QUANT_METHOD = "gptq"
 LEAVES = ("qweight", "qzeros", "scales", "g_idx")
 _BITS = (2, 3, 4, 8)
 _AUTO_ROUND_BITS = (5, 6, 7)  # as one stream; GPTQModel has another layout for them
-_VERSION_2 = ("gptq_v2", "auto_round", "auto_round:gptqmodel")  # GPTQModel's and AutoRound's names for it
-_VERSION_1 = ("gptq", "auto_round:auto_gptq", None)
+_KERNELS = ("exllamav2", "triton", "tritonv2")  # AutoRound once named one after the layout; it changes nothing
 
 
 def check(scheme: Scheme, shape: tuple[int, int], name: str) -> None:
@@ -92,19 +91,23 @@ def inspect(
     leaves: Mapping[str, Leaf], shape: tuple[int, int], config: Mapping[str, Any] | None, read: Read, name: str
 ) -> Stored:
     """What the tensors of a layer say, as GPTQModel, AutoGPTQ and AutoRound write them. Raises CheckpointError."""
-    layout = stored.declared(config, "packing_format") or stored.declared(config, "checkpoint_format")
-    if layout not in _VERSION_1 + _VERSION_2:
-        raise CheckpointError(f"{name}: wq does not read the gptq layout {layout!r}.")
+    version = _version(config, name)
     stored.require(name, leaves, "qweight", "qzeros", "scales")
     out_features, in_features = shape
     rows = leaves["qweight"].shape[0] if leaves["qweight"].shape else 0
     width = rows * 32 // in_features
-    known = _BITS + _AUTO_ROUND_BITS if str(layout).startswith("auto_round") else _BITS
-    if width not in known:
+    by_auto_round = "auto-round" in str(stored.declared(config, "quant_method"))
+    if width not in (_BITS + _AUTO_ROUND_BITS if by_auto_round else _BITS):
         raise CheckpointError(f"{name}.qweight is {list(leaves['qweight'].shape)}: no 2, 3, 4 or 8 bits for {shape}.")
     scales = leaves["scales"]
     groups = scales.shape[0] if scales.shape else 0
+    index = None
+    if "g_idx" in leaves:
+        stored.expect(name, leaves, "g_idx", (in_features,), torch.int32)
+        index = read("g_idx")
     said = stored.declared_values(config, "group_size")
+    if index is not None and not said:
+        said = {int(index.unique(return_counts=True)[1].max())}
     size, ragged = stored.group_size(name, in_features, groups, said)
     stored.expect(name, leaves, "qweight", (bits.words(in_features, width), out_features), torch.int32)
     stored.expect(name, leaves, "scales", (groups, out_features), None)
@@ -114,16 +117,30 @@ def inspect(
         stored.agree(name, "groups of", ragged or size, said)
     if stored.declared(config, "desc_act") is True and groups > 1:
         stored.require(name, leaves, "g_idx")
-    permuted = False
-    if "g_idx" in leaves:
-        stored.expect(name, leaves, "g_idx", (in_features,), torch.int32)
-        permuted = stored.column_order(name, read("g_idx"), in_features, groups, ragged) is not None
-    version = "2" if layout in _VERSION_2 else "1"
+    permuted = index is not None and stored.column_order(name, index, in_features, groups, ragged) is not None
     zero = _zero_points(read("qzeros"), width, out_features, version)
     symmetric = bool((zero == 1 << (width - 1)).all())
-    variant = version if "g_idx" in leaves else f"{version} without g_idx"
+    variant = version if index is not None else f"{version} without g_idx"
     scheme = stored.scheme_of(name, width, size, symmetric, scales.dtype)
     return Stored("gptq", scheme, shape, variant, permuted, ragged)
+
+
+def _version(config: Mapping[str, Any] | None, name: str) -> str:
+    """Version "1" or "2". GPTQModel says it in `checkpoint_format`, AutoRound in `packing_format`, once in `backend`.
+
+    Raises CheckpointError for a layout that is neither.
+    """
+    layout = stored.declared(config, "packing_format") or stored.declared(config, "checkpoint_format")
+    if layout is None and "auto-round" in str(stored.declared(config, "quant_method")):
+        # Without a name, as AutoRound chooses: version 1 wherever it can hold the zero points.
+        layout = stored.declared(config, "backend")
+        layout = layout or ("auto_round" if stored.declared(config, "sym") is False else "auto_round:auto_gptq")
+    match tuple(part for part in str(layout or "gptq").split(":") if part not in _KERNELS):
+        case ("gptq",) | ("auto_gptq",) | ("auto_round", "gptq") | ("auto_round", "auto_gptq"):
+            return "1"
+        case ("gptq_v2",) | ("auto_round",) | ("auto_round", "gptqmodel"):
+            return "2"
+    raise CheckpointError(f"{name}: wq does not read the gptq layout {layout!r}.")
 
 
 def to_packed(tensors: dict[str, Tensor], info: Stored) -> Packed:

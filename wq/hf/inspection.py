@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from wq import quantized
-from wq.checkpoint import Entry
+from wq.checkpoint import Entry, read_tensor
 from wq.errors import CheckpointError
 from wq.formats.stored import Stored
 from wq.hf import experts
@@ -34,7 +34,8 @@ def inspect(model: PreTrainedModel, entries: Mapping[str, Entry], config: Mappin
     weights = [f"{prefix}.weight" for prefix in packed]
     mapped, absent, unexpected = map_names(model, [*others, *weights])
     _refuse(model, "missing", [name for name in absent if name not in direct])
-    _refuse(model, "unexpected", unexpected)
+    biases = {f"{prefix}.bias" for prefix in packed}  # of zeros, where the model has none: AutoGPTQ wrote them
+    _refuse(model, "unexpected", [n for n in unexpected if n not in biases or read_tensor(others[n]).any()])
     layers: dict[str, Stored] = {}
     parts: dict[str, dict[str, Stored]] = {}  # parameter of experts: how each of its pieces is stored
     for prefix, leaves in packed.items():

@@ -5,7 +5,8 @@ transformers has registries for quantizers, but what a repo's config and a user'
 file wraps that one function, reversibly. An explicit `WqConfig` always means wq. Otherwise WQ_TAKEOVER decides:
 
     missing (the default)   wq serves what the stock backend's packages are not installed for, where transformers
-                            would raise an ImportError
+                            would raise an ImportError, and what it cannot load: asymmetric compressed-tensors
+                            (transformers 5.24 with compressed-tensors 0.20), AutoRound's repos from before 0.5
     always                  wq serves every repo that it can read
     never                   only an explicit `WqConfig` means wq
 """
@@ -14,11 +15,11 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from transformers.quantizers.auto import AutoHfQuantizer
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AutoHfQuantizer
 
 from wq.errors import SchemeError
 from wq.hf.config import WqConfig, readable
@@ -26,13 +27,15 @@ from wq.hf.config import WqConfig, readable
 ENVIRONMENT = "WQ_TAKEOVER"
 POLICIES = ("missing", "always", "never")
 
+_OLD_AUTO_ROUND = "intel/auto-round"  # what AutoRound called itself up to 0.4
+
 # What the stock loader of a method imports.
 _NEEDS = {
     "gptq": ("optimum", "gptqmodel"),
     "awq": ("gptqmodel",),
     "compressed-tensors": ("compressed_tensors",),
     "auto-round": ("auto_round",),
-    "intel/auto-round": ("auto_round",),
+    _OLD_AUTO_ROUND: ("auto_round",),
 }
 _found = AutoHfQuantizer.merge_quantization_configs.__func__  # type: ignore[attr-defined]
 _original = getattr(_found, "__wrapped__", _found)  # not the stand-in of `wq.autoload`
@@ -56,15 +59,24 @@ def takeover(policy: str = "always") -> Iterator[None]:
             os.environ[ENVIRONMENT] = before
 
 
-def serves(method: Any, chosen: Any) -> bool:
-    """Whether wq loads a repo quantized with `method`, for a user who passed the config `chosen`."""
+def serves(config: Mapping[str, Any], chosen: Any) -> bool:
+    """Whether wq loads a repo with this `quantization_config`, for a user who passed the config `chosen`."""
     if isinstance(chosen, WqConfig):
         return True
     policy = os.environ.get(ENVIRONMENT, POLICIES[0])
     _check(policy)
+    method = config.get("quant_method")
     if policy == "never" or method not in _NEEDS:
         return False
-    return policy == "always" or any(importlib.util.find_spec(package) is None for package in _NEEDS[method])
+    absent = any(importlib.util.find_spec(package) is None for package in _NEEDS[method])
+    return policy == "always" or absent or method == _OLD_AUTO_ROUND or _has_zero_points(config)
+
+
+def _has_zero_points(config: Mapping[str, Any]) -> bool:
+    """Whether a compressed-tensors config has asymmetric weights in integers, which transformers fails to unpack."""
+    groups = config.get("config_groups")
+    weights = [group.get("weights") for group in groups.values()] if isinstance(groups, dict) else []
+    return any(isinstance(values, dict) and values.get("symmetric") is False for values in weights)
 
 
 def install() -> None:
@@ -73,17 +85,21 @@ def install() -> None:
     def merge(cls: type, quantization_config: Any, quantization_config_from_args: Any) -> Any:
         values = quantization_config if isinstance(quantization_config, dict) else quantization_config.to_dict()
         flag = quantization_config_from_args
-        if isinstance(flag, WqConfig) or (serves(values.get("quant_method"), flag) and readable(values)):
+        if serves(values, flag) and (isinstance(flag, WqConfig) or readable(values)):
             if not isinstance(flag, WqConfig):  # a stock config's flags for loading that mean something here
                 flag = WqConfig(dequantize=bool(getattr(flag, "dequantize", False)))
             return flag.bind(values)
         return _original(cls, quantization_config, quantization_config_from_args)
 
     AutoHfQuantizer.merge_quantization_configs = classmethod(merge)  # type: ignore[method-assign, assignment]
+    # transformers does not know this name, and would load such a repo as a dense one.
+    AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault(_OLD_AUTO_ROUND, WqConfig)
 
 
 def uninstall() -> None:
     """transformers' own function again; `WqConfig` then works for dense repos only."""
+    if AUTO_QUANTIZATION_CONFIG_MAPPING.get(_OLD_AUTO_ROUND) is WqConfig:
+        del AUTO_QUANTIZATION_CONFIG_MAPPING[_OLD_AUTO_ROUND]
     AutoHfQuantizer.merge_quantization_configs = classmethod(_original)  # type: ignore[method-assign, assignment]
 
 
