@@ -22,6 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from wq import WqConfig, WqLinear
 from wq.errors import CheckpointError
 from wq.hf.takeover import takeover
+from wq.verify import verify
 
 PEERS = Path(__file__).parent / "golden" / "peers"
 FOLDERS = sorted(path.parent for path in PEERS.glob("*/peer.json"))
@@ -177,3 +178,8 @@ def test_a_gemv_layer_needs_the_group_size(tmp_path: Path) -> None:
     folder = copy_of(PEERS / "autoawq-gemv", tmp_path, forget)
     with pytest.raises(CheckpointError, match="group_size"):
         load(folder, quantization_config=WqConfig())
+
+
+@each_peer
+def test_verify_finds_nothing_wrong_with_it(folder: Path) -> None:
+    assert verify(folder)["problems"] == []
