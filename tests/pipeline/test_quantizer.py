@@ -49,7 +49,8 @@ def test_every_architecture_is_quantized_and_loads_packed(
     ours, theirs = packed(input_ids=ids).logits, dense(input_ids=ids).logits
     assert (ours - theirs).norm() / theirs.norm() < 0.02  # 8 bits forget almost nothing
     assert not torch.equal(ours, theirs)
-    assert report["fallbacks"] == []
+    # Mamba multiplies by the weight of its time steps itself: that layer is never called.
+    assert [record["layer"] for record in report["fallbacks"] if not record["layer"].endswith(".dt_proj")] == []
     assert 0 < report["quantized_parameters"] < report["parameters"]
     assert report["parameters"] == sum(t.numel() for t in load_file(source / "model.safetensors").values())
 
