@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import resource
 import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
+_TRIM_EVERY = 16 << 20
+_MADV_DONTNEED = 4  # sys/mman.h; for a private mapping of a file: read it again when it is used again
 
 
 def default_device() -> str:
@@ -35,6 +39,48 @@ def release_memory() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)
+
+
+class Mapped:
+    """Files that are mapped into memory, and whose pages can be given back once they have been read.
+
+    A mapping's pages count as this process's for as long as it lasts, though what they hold is on disk. Only memory
+    that the system itself says is one of the files is ever given back; reading it again fetches it again.
+    """
+
+    def __init__(self, files: Iterable[str | os.PathLike[str]]):
+        self._files = {os.path.realpath(file) for file in files}
+        self._ranges: list[tuple[int, int]] = []
+        self._libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+        self._since = 0
+        self._looks = len(self._files)  # how often to look for ranges anew: a file may be mapped later
+
+    def forget(self, tensor: torch.Tensor) -> None:
+        """Give back the whole pages of a tensor that will not be read again."""
+        if tensor.device.type != "cpu" or self._libc is None or not tensor.is_contiguous():
+            return
+        start, stop = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
+        if not self._holds(start, stop) and self._looks > 0:
+            self._looks -= 1
+            self._ranges = list(self._find())
+        self._since += tensor.nbytes
+        if self._since > _TRIM_EVERY:
+            self._since = 0
+            release_memory()
+        page = os.sysconf("SC_PAGE_SIZE")
+        first, last = -(-start // page) * page, stop // page * page
+        if first < last and self._holds(start, stop):
+            self._libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), _MADV_DONTNEED)
+
+    def _holds(self, start: int, stop: int) -> bool:
+        return any(low <= start and stop <= high for low, high in self._ranges)
+
+    def _find(self) -> Iterator[tuple[int, int]]:
+        for line in Path("/proc/self/maps").read_text().splitlines():
+            fields = line.split(maxsplit=5)
+            if len(fields) == 6 and fields[5] in self._files and "s" not in fields[1]:
+                low, high = fields[0].split("-")
+                yield int(low, 16), int(high, 16)
 
 
 def peak_rss_bytes() -> int:

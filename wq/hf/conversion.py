@@ -101,7 +101,10 @@ class Unpack(_Operation):
     def convert(self, input_dict: dict[str, Any], full_layer_name: str, **kwargs: Any) -> dict[str, Tensor]:  # type: ignore[override]
         path = full_layer_name.rpartition(".")[0]
         stored = self.hf_quantizer.stored[path]
-        packed = read(single(input_dict), stored)
+        tensors = single(input_dict)
+        packed = read(tensors, stored)
+        for tensor in tensors.values():
+            self.hf_quantizer.mapped.forget(tensor)
         return {f"{path}.{name}": tensor for name, tensor in zip(PARAMETERS, packed, strict=True) if tensor is not None}
 
     @property
@@ -120,7 +123,10 @@ class UnpackExperts(_Operation):
         target = re.sub(r"_(packed|scale|zero_point)$", "", full_layer_name)
         stored = self.hf_quantizer.experts[target].stored
         reader = formats.get(stored.format)
-        return {name: [reader.convert_leaf(self.leaf, t, stored) for t in ts] for name, ts in input_dict.items()}
+        made = {name: [reader.convert_leaf(self.leaf, t, stored) for t in ts] for name, ts in input_dict.items()}
+        for tensor in (tensor for tensors in input_dict.values() for tensor in tensors):
+            self.hf_quantizer.mapped.forget(tensor)
+        return made
 
     @property
     def reverse_op(self) -> ConversionOps:

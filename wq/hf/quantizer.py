@@ -27,6 +27,7 @@ from wq.hf.conversion import PARAMETERS, Unpack, dense_like, is_own, packed_like
 from wq.hf.inspection import inspect
 from wq.layers import WqLinear
 from wq.layers.parts import whole
+from wq.machine import Mapped
 from wq.quantized import LEAVES
 from wq.scheme import Scheme
 from wq.structure.experts import find_experts
@@ -49,6 +50,7 @@ class WqQuantizer(HfQuantizer):
         self.fused: set[str] = set()  # those of them that are parameters of experts
         self.stored: dict[str, Stored] = {}  # already quantized: how each module is stored
         self.experts: dict[str, experts.Fused] = {}  # and each parameter of experts
+        self.mapped = Mapped(())
 
     # --- before the weights ---
 
@@ -91,6 +93,7 @@ class WqQuantizer(HfQuantizer):
 
     def _prepare_packed(self, model: PreTrainedModel, files: list[str]) -> None:
         """Put an empty `WqLinear` wherever the shards hold a packed weight, after checking that they fit."""
+        self.mapped = Mapped(files)
         entries: dict[str, Entry] = {}
         for file in files:
             entries |= read_header(Path(file))
