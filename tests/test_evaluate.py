@@ -99,6 +99,11 @@ def test_models_of_two_vocabularies_are_not_compared(tiny_model: TinyModel, text
         evaluate(tiny_model(), base=other, text=str(text), seqlen=128)
 
 
+def test_an_encoder_decoder_model_has_no_perplexity(tiny_model: TinyModel, text: Path) -> None:
+    with pytest.raises(ModelError, match=r"encoder-decoder model \(T5ForConditionalGeneration\)"):
+        evaluate(tiny_model("t5"), text=str(text), seqlen=64)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -110,10 +110,29 @@ _OVERRIDES: dict[str, dict[str, Any]] = {
         "text": {"rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3]}},
         "image_token_id": 300,
     },
+    "qwen3_vl_moe": {  # its experts are 3-D on disk, and transposed there
+        "vision": {
+            "depth": 1,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_heads": 2,
+            "out_hidden_size": 64,
+            "patch_size": 8,
+            "deepstack_visual_indexes": [0],
+        },
+        "text": {
+            "head_dim": 16,
+            "moe_intermediate_size": 32,
+            "num_experts": 6,
+            "num_experts_per_tok": 2,
+            "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "mrope_interleaved": True},
+        },
+        "image_token_id": 300,
+    },
 }
 MOES = ["mixtral", "qwen3_moe", "gpt_oss", "granitemoe", "deepseek_v3"]
 ENCODER_DECODERS = ["t5", "bart"]
-VISION = ["llava", "gemma3", "qwen2_5_vl"]
+VISION = ["llava", "gemma3", "qwen2_5_vl", "qwen3_vl_moe"]
 DENSE = [name for name in _OVERRIDES if name not in (*MOES, *ENCODER_DECODERS, *VISION)]
 DECODERS = [*DENSE, *MOES]
 ALL = list(_OVERRIDES)

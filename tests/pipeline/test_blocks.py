@@ -10,12 +10,18 @@ import pytest
 import tiny_models
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSeq2SeqLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForSeq2SeqLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from wq.errors import ModelError
 from wq.pipeline import blocks as decoder
 from wq.structure.linears import find_linears
-from wq.structure.towers import find_towers
+from wq.structure.towers import find_towers, model_class
 
 TinyModel = Callable[..., Path]
 
@@ -151,6 +157,16 @@ def test_a_model_that_works_between_its_blocks_is_refused() -> None:
     assert "forward" not in model.layers[0].__dict__  # the blocks are themselves again
 
 
+def test_a_model_that_runs_more_than_its_blocks_is_refused(tiny_model: TinyModel) -> None:
+    """What is neither a block nor around one has no values when the pipeline runs; a second stack of blocks, say."""
+    model = model_of(tiny_model())
+    (tower,) = find_towers(model, "llama")
+    tower.root.norm.register_forward_pre_hook(lambda module, args: args[0].to("meta").to("cpu"))
+    with pytest.raises(ModelError, match="LlamaModel runs more than a row of blocks.*--method rtn"):
+        decoder.capture(tower.root, tower.blocks, inputs(torch.randint(2, 258, (2, 16))), "llama")
+    assert "forward" not in tower.blocks[0].__dict__
+
+
 def test_masks_and_positions_are_kept_once(tiny_model: TinyModel) -> None:
     model = model_of(tiny_model())
     (tower,) = find_towers(model, "llama")
@@ -158,6 +174,14 @@ def test_masks_and_positions_are_kept_once(tiny_model: TinyModel) -> None:
     captured = decoder.capture(tower.root, tower.blocks, batches, "llama")
     cosines = {id(call.kwargs["position_embeddings"][0]) for calls in captured.calls for call in calls}
     assert len(cosines) == 1
+
+
+def test_a_config_that_came_with_a_repo_is_built_by_the_code_that_came_with_it() -> None:
+    own = LlamaConfig(architectures=["LlamaForCausalLM"])
+    assert model_class(own) is LlamaForCausalLM
+    brought = type("LlamaConfig", (LlamaConfig,), {"__module__": "transformers_modules.repo.configuration"})
+    assert model_class(brought(architectures=["LlamaForCausalLM"])) is AutoModelForCausalLM
+    assert model_class(LlamaConfig(architectures=["LlamaModel"])) is AutoModelForCausalLM  # it has no head
 
 
 def test_routers_and_layers_too_short_for_a_group_stay_out(tiny_model: TinyModel) -> None:

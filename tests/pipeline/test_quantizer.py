@@ -14,7 +14,7 @@ import tiny_models
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, WhisperConfig, WhisperForConditionalGeneration
 
 from wq import errors, formats, grid, solvers
 from wq.hf import WqConfig, load
@@ -228,6 +228,32 @@ def test_a_model_without_linear_blocks_is_refused(tmp_path: Path) -> None:
     empty = tiny_models.make(tmp_path / "empty", "llama", num_hidden_layers=0)
     with pytest.raises(errors.ModelError, match="LlamaModel.*no linear layers"):
         quantize(empty, tmp_path / "out", **SMALL)
+
+
+@pytest.fixture(scope="module")
+def whisper(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose encoder reads sound."""
+    sizes = {"d_model": 64, "encoder_ffn_dim": 128, "decoder_ffn_dim": 128, "encoder_layers": 1, "decoder_layers": 1}
+    heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "max_source_positions": 20}
+    tokens = {"pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0}
+    config = WhisperConfig(vocab_size=tiny_models.VOCABULARY, num_mel_bins=8, **sizes, **heads, **tokens)
+    folder = tmp_path_factory.mktemp("whisper") / "dense"
+    WhisperForConditionalGeneration(config).save_pretrained(folder)
+    tiny_models.tokenizer().save_pretrained(folder)
+    return folder
+
+
+def test_text_cannot_calibrate_the_decoder_of_an_encoder_of_sound(whisper: Path, tmp_path: Path) -> None:
+    with pytest.raises(errors.ModelError, match="encoder that takes no text.*--method rtn"):
+        quantize(whisper, tmp_path / "out", **SMALL)
+    report = quantize(whisper, tmp_path / "out", method="rtn", **SMALL)
+    assert {layer["layer"].split(".")[1] for layer in report["layers"]} == {"decoder"}
+    packed, _ = load(tmp_path / "out", dtype="float32")
+    sound, ids = torch.randn(1, 8, 40), torch.arange(2, 9).unsqueeze(0)
+    exact = WhisperForConditionalGeneration.from_pretrained(whisper)
+    with torch.no_grad():
+        ours, theirs = (m(input_features=sound, decoder_input_ids=ids).logits for m in (packed, exact))
+    assert 0 < (ours - theirs).norm() / theirs.norm() < 0.5
 
 
 def test_a_folder_that_is_no_model_is_refused(tmp_path: Path) -> None:

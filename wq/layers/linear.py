@@ -78,6 +78,8 @@ class WqLinear(nn.Linear):
     permutation: int32 `[in]`, the input column of each column of the weight where those are in another order
     (act-order), or None.
 
+    transposed: whether the layer in whose place it stands, GPT-2's `Conv1D`, has its weight as `[in, out]`.
+
     part: `(out, in)` of the rows or columns that this process has, under tensor parallelism; the parameters then are
     DTensors. With some of the columns in another order, x is the whole input.
 
@@ -103,7 +105,7 @@ class WqLinear(nn.Linear):
         self.part: tuple[int, int] | None = None
         self.layout = ops.STREAM
         self._joins: dict[str, Join] = {}
-        self.transposed = False  # whether the layer in whose place it stands has its weight as [in, out]
+        self.transposed = False
         self._is_hf_initialized = True
         groups = scheme.groups(in_features)
         scale = dtype or torch.get_default_dtype()

@@ -80,8 +80,10 @@ def capture(root: nn.Module, blocks: nn.ModuleList, inputs: Iterable[dict[str, A
             recorder.begin()
             try:
                 root(**call)
-            except NotImplementedError as error:  # a parameter on meta: something ran that is neither block nor around
-                raise ModelError(
+            except NotImplementedError as error:
+                if "meta" not in str(error):
+                    raise
+                raise ModelError(  # a parameter without values: something ran that is neither block nor around one
                     f"{name}: {type(root).__name__} runs more than a row of blocks ({first_line(error)}). "
                     "Use --method rtn, which runs nothing."
                 ) from error

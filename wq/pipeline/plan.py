@@ -37,14 +37,14 @@ class Experts:
     """A parameter of all experts that will be quantized.
 
     path: where it is in the model. pieces: its matrices on disk, for each projection that it joins (gate, up) those of
-    its experts in order. stored: its name on disk instead, if it is one 3-D tensor there; packed,
-    it is written under `path`.
+    its experts in order. whole: the names of what it is made of instead, where that is 3-D on disk as well; packed, it
+    is written under `path`.
     """
 
     path: str
     size: Projection
     pieces: list[list[Layer]]
-    stored: str | None = None
+    whole: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def make_plan(
     layers = [layer for block in blocks for layer in block.layers.values()]
     experts = [expert for block in blocks for expert in block.experts.values()]
     layers += [layer for expert in experts for piece in expert.pieces for layer in piece]
-    whole = {expert.stored: expert for expert in experts if expert.stored is not None}
+    whole = {name: expert for expert in experts for name in expert.whole}
     if not layers and not whole:
         raise ModelError(f"{source.name}: no layer is left to quantize; keep={list(keep)} covers all of them.")
     stored = stored_dtype(source, dtype)
@@ -136,8 +136,8 @@ def _layers(source: Source, path: str, block: nn.Module, keep: list[re.Pattern[s
 
 def _experts(source: Source, fmt: ModuleType, path: str, size: Projection, names: list[str]) -> Experts | None:
     """The parameter at `path`, from its tensors on disk; None where the format has no form for these."""
-    if source.on_disk(path) is not None:  # 3-D on disk as well
-        return Experts(path, size, [], names[0]) if fmt.QUANT_METHOD == "compressed-tensors" else None
+    if any(len(source.entries[name].shape) != 2 for name in names):
+        return Experts(path, size, [], tuple(names)) if fmt.QUANT_METHOD == "compressed-tensors" else None
     table = arrange(source.model, path, [name.removesuffix(".weight") for name in names], size.experts)
     shape = size.out_features // len(table), size.in_features
     if any(source.entries[name].shape != shape for name in names):
@@ -160,6 +160,8 @@ def _specs(
             for leaf, spec in _packed(fmt, scheme, layers[name].shape):
                 yield f"{layers[name].stored}.{leaf}", spec
         elif name in whole:
+            if name != whole[name].whole[0]:  # written once
+                continue
             size = whole[name].size
             for leaf, spec in _packed(fmt, scheme, size.matrix):
                 if leaf != "weight_shape":

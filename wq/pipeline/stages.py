@@ -150,9 +150,9 @@ class Stages:
             for piece, row in enumerate(plan.pieces):
                 size = row[one.expert].shape[0]
                 self._write(row[one.expert].stored, _rows(one.solution, slice(piece * size, (piece + 1) * size)))
-            solved[one.parameter].append(one if plan.stored else one._replace(solution=_only_stats(one.solution)))
+            solved[one.parameter].append(one if plan.whole else one._replace(solution=_only_stats(one.solution)))
         for parameter, plan in plans.items():
-            if plan.stored:
+            if plan.whole:
                 self._write_whole(plan.path, [one.solution for one in solved[parameter]])
         return [self._record(plan, solved[parameter]) for parameter, plan in plans.items()]
 

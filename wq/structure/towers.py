@@ -74,8 +74,12 @@ def _tower(model: nn.Module, root: nn.Module, name: str, reads_encoder: bool = F
 
 
 def model_class(config: PreTrainedConfig) -> Any:
-    """The class to build or load a model of this config with: the one it was saved from, if transformers has it."""
-    for name in config.architectures or ():
+    """The class to build or load a model of this config with: the one it was saved from, if transformers has it.
+
+    A config class that is not transformers' own came with the repo, and its model does too.
+    """
+    own = type(config).__module__.startswith("transformers.")
+    for name in (config.architectures or ()) if own else ():
         found = getattr(transformers, name, None)
         if isinstance(found, type) and issubclass(found, PreTrainedModel) and found.can_generate():
             return found
