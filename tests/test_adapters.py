@@ -9,22 +9,20 @@ from typing import Any
 
 import pytest
 import torch
-from act_order import scatter
+from folders import Folder, Table, maker
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-from wq import WqConfig, quantize
+from wq import WqConfig
 from wq.layers import ExpertWeight, WqLinear
 
 IDS = torch.arange(2, 50).reshape(2, 24)
 TinyModel = Callable[..., Path]
-Folder = Callable[[str], Path]
 TARGETS = {"q and v": ["q_proj", "v_proj"], "all linear": "all-linear"}
 each_target = pytest.mark.parametrize("targets", TARGETS)
 
-# An architecture, and how it is quantized offline; None: on load.
-FOLDERS: dict[str, tuple[str, dict[str, Any] | None]] = {
+FOLDERS: Table = {
     "compressed-tensors": ("llama", {"symmetric": False}),
     "gptq act-order": ("llama", {"format": "gptq"}),
     "awq": ("llama", {"format": "awq", "symmetric": False}),
@@ -36,22 +34,7 @@ each_folder = pytest.mark.parametrize("name", FOLDERS)
 
 @pytest.fixture(scope="module")
 def folder(tiny_model: TinyModel, tmp_path_factory: pytest.TempPathFactory) -> Folder:
-    made: dict[str, Path] = {}
-
-    def get(name: str) -> Path:
-        if name not in made:
-            architecture, options = FOLDERS.get(name, (name, None))
-            made[name] = tiny_model(architecture)
-            if options is not None:
-                output = tmp_path_factory.mktemp("packed") / "out"
-                dtype = "float16" if "format" in options else "float32"
-                quantize(made[name], output, **{"method": "rtn", "group_size": 32, "dtype": dtype, **options})
-                made[name] = output
-            if "act-order" in name:
-                scatter(made[name])
-        return made[name]
-
-    return get
+    return maker(FOLDERS, tiny_model, tmp_path_factory)
 
 
 def load(folder: Path, dtype: torch.dtype = torch.float32, **flag: Any) -> Any:

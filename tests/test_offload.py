@@ -11,21 +11,19 @@ from typing import Any
 import accelerate
 import pytest
 import torch
-from act_order import scatter
+from folders import Folder, Table, maker
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from wq import WqConfig, quantize
+from wq import WqConfig
 from wq.errors import CheckpointError, ModelError
 from wq.layers import ExpertWeight, OffloadedExperts, WqLinear
 
 IDS = torch.arange(2, 50).reshape(2, 24)
 TinyModel = Callable[..., Path]
-Folder = Callable[[str], Path]
 
-# An architecture, and how it is quantized offline, if it is.
-FOLDERS: dict[str, tuple[str, dict[str, Any] | None]] = {
+FOLDERS: Table = {
     "compressed-tensors": ("llama", {}),
     "compressed-tensors asymmetric": ("llama", {"symmetric": False}),
     "gptq": ("llama", {"format": "gptq"}),
@@ -57,23 +55,7 @@ each_map = pytest.mark.parametrize("where", MAPS)
 
 @pytest.fixture(scope="module")
 def folder(tiny_model: TinyModel, tmp_path_factory: pytest.TempPathFactory) -> Folder:
-    """A folder of FOLDERS; made once."""
-    made: dict[str, Path] = {}
-
-    def get(name: str) -> Path:
-        if name not in made:
-            architecture, options = FOLDERS[name]
-            made[name] = tiny_model(architecture)
-            if options is not None:
-                output = tmp_path_factory.mktemp("packed") / "out"
-                dtype = "float16" if "format" in options else "float32"
-                quantize(made[name], output, **{"method": "rtn", "group_size": 32, "dtype": dtype, **options})
-                made[name] = output
-            if "act-order" in name:
-                scatter(made[name])
-        return made[name]
-
-    return get
+    return maker(FOLDERS, tiny_model, tmp_path_factory)
 
 
 def load(folder: Path, flag: dict[str, Any] | None = None, **options: Any) -> Any:

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed
-from act_order import scatter
+from folders import scatter
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM

@@ -12,19 +12,18 @@ import pytest
 import tiny_models
 import torch
 import transformers
+from folders import Folder, Table, maker
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, CompileConfig, pipeline
 
-from wq import WqConfig, quantize
+from wq import WqConfig
 from wq.hf import takeover
 from wq.layers import ExpertWeight, WqLinear
 
 IDS = torch.arange(2, 50).reshape(2, 24)
 TinyModel = Callable[..., Path]
-Folder = Callable[[str], Path]
 
-# An architecture, and how it is quantized offline; None: on load.
-FOLDERS: dict[str, tuple[str, dict[str, Any] | None]] = {
+FOLDERS: Table = {
     "compressed-tensors": ("llama", {"symmetric": False}),
     "gptq": ("llama", {"format": "gptq"}),
     "awq": ("llama", {"format": "awq", "symmetric": False}),
@@ -39,20 +38,7 @@ GREEDY: dict[str, Any] = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample":
 
 @pytest.fixture(scope="module")
 def folder(tiny_model: TinyModel, tmp_path_factory: pytest.TempPathFactory) -> Folder:
-    made: dict[str, Path] = {}
-
-    def get(name: str) -> Path:
-        if name not in made:
-            architecture, options = FOLDERS[name]
-            made[name] = tiny_model(architecture)
-            if options is not None:
-                output = tmp_path_factory.mktemp("packed") / "out"
-                dtype = "float16" if "format" in options else "float32"
-                quantize(made[name], output, **{"method": "rtn", "group_size": 32, "dtype": dtype, **options})
-                made[name] = output
-        return made[name]
-
-    return get
+    return maker(FOLDERS, tiny_model, tmp_path_factory)
 
 
 def load(folder: Path, **options: Any) -> Any:
