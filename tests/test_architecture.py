@@ -158,6 +158,7 @@ def test_solvers_and_formats_are_functions_on_tensors(name: str) -> None:
         "wq.scheme",
         "wq.errors",
         "wq.registry",
+        "wq.formats.patterns",
         "wq.formats.stored",
         "wq.solvers",
         "wq_kernels.stream",

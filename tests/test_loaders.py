@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,10 @@ import pytest
 
 from wq import formats, loaders, quantize
 from wq.errors import UnknownNameError
+from wq.formats.patterns import refuse_pattern
 from wq.formats.stored import Stored
 from wq.loaders import Checkpoint, judge, kernels
-from wq.loaders.config import excluded, matches, refuse_pattern
+from wq.loaders.config import excluded, matches
 from wq.loaders.kernels import Layer
 from wq.loaders.rules import joined
 from wq.scheme import Scheme
@@ -295,9 +295,7 @@ def test_usual_patterns_are_run(pattern: str) -> None:
 @pytest.mark.parametrize("pattern", ["(a+)+$", "(a|a)*b", "(.*a){20}", ".*.*.*.*x", "(", "a" * 2000, "a{2,3}" * 5])
 def test_patterns_that_could_hang_are_not_run(pattern: str) -> None:
     assert refuse_pattern(pattern)
-    started = time.perf_counter()
-    assert not matches("a" * 200, f"re:{pattern}")
-    assert time.perf_counter() - started < 5  # seconds; a pattern that is run takes ages of the universe
+    assert not matches("a" * 200, f"re:{pattern}")  # if it were run, this would not return
 
 
 def test_a_target_by_name_leaves_all_others_dense() -> None:

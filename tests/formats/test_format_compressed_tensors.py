@@ -93,3 +93,11 @@ def test_shapes_are_documented_ones(bits: int, generator: torch.Generator) -> No
     assert packed["weight_zero_point"].shape == (-(-33 * bits // 32), 5)
     assert packed["weight_shape"].tolist() == [33, 100]
     assert packed["weight_shape"].dtype is torch.int64
+
+
+def test_a_pattern_that_would_run_for_ever_matches_nothing() -> None:
+    """Unguarded, this takes 2 to the length of the name steps."""
+    weights = {"num_bits": 4}
+    config = {"config_groups": {"group_0": {"targets": [r"re:(([a-z])+.)+[A-Z]([a-z])+$"], "weights": weights}}}
+    name = "model.layers.0." + "a" * 60
+    assert form.declared_weights(config, name) == [weights]  # as of a group that names only classes

@@ -12,7 +12,6 @@ word holds, and up to 0.9.3 left zero points as signed int8 `[out, groups]`; suc
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor
 
 from wq.errors import CheckpointError
-from wq.formats import stored
+from wq.formats import patterns, stored
 from wq.formats.stored import Leaf, Packed, Read, Stored
 from wq.scheme import PER_CHANNEL, STORED_BITS, Scheme
 from wq.solvers import Solution
@@ -195,10 +194,7 @@ def _names(target: Any, name: str) -> bool:
         return False
     if not target.startswith("re:"):
         return name == target or name.endswith(f".{target}")
-    try:
-        return re.match(target.removeprefix("re:"), name) is not None
-    except (re.error, OverflowError, RecursionError):
-        return False
+    return patterns.matches(target.removeprefix("re:"), name)
 
 
 def _width(words: int, in_features: int, widths: set[int], name: str) -> tuple[int, str]:

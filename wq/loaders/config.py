@@ -1,33 +1,16 @@
-"""What a `quantization_config` says of a layer, as loaders read it; and which of its patterns are safe to run."""
+"""What a `quantization_config` says of a layer, as loaders read it."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
-_LONGEST = 1000  # characters of a pattern, and of a name it is tried on
-
-
-def refuse_pattern(pattern: str) -> str:
-    """Why a regular expression of a config is not run; empty if it is.
-
-    Python's engine has no time limit, and a config may come from anyone: a repeated group, or more than three open
-    repeats, can take longer than anyone waits.
-    """
-    try:
-        re.compile(pattern)
-    except (re.error, OverflowError, RecursionError) as error:
-        return f"is no regular expression ({error})"
-    bare = re.sub(r"\\.|\[[^\]]*\]", "x", pattern)
-    if len(pattern) > _LONGEST or re.search(r"\)[*+{]", bare) or len(re.findall(r"[*+{]", bare)) > 3:
-        return "could take exponential time, so wq does not run it"
-    return ""
+from wq.formats import patterns
 
 
 def matches(name: str, entry: str) -> bool:
     """Whether an entry of compressed-tensors' `ignore` means a module: its name, or `re:` and a regular expression."""
-    return _search(entry.removeprefix("re:"), name) if entry.startswith("re:") else name == entry
+    return patterns.matches(entry.removeprefix("re:"), name) if entry.startswith("re:") else name == entry
 
 
 def excluded(said: Mapping[str, Any], name: str) -> bool:
@@ -39,7 +22,7 @@ def excluded(said: Mapping[str, Any], name: str) -> bool:
         return any(entry in name for entry in texts(said.get("modules_to_not_convert"))) or _is_head(said, name)
     dynamic = said.get("dynamic")
     rules = [rule for rule in dynamic if rule.startswith("-:")] if isinstance(dynamic, Mapping) else []
-    return any(_search(rule.removeprefix("-:"), name) for rule in rules) or _is_head(said, name)
+    return any(patterns.matches(rule.removeprefix("-:"), name) for rule in rules) or _is_head(said, name)
 
 
 def names_head(said: Mapping[str, Any], name: str) -> bool:
@@ -71,7 +54,3 @@ def _targeted(said: Mapping[str, Any], name: str) -> bool:
 
 def _is_head(said: Mapping[str, Any], name: str) -> bool:
     return name.rpartition(".")[2] == "lm_head" and said.get("lm_head") is not True
-
-
-def _search(pattern: str, name: str) -> bool:
-    return not refuse_pattern(pattern) and len(name) <= _LONGEST and re.match(pattern, name) is not None

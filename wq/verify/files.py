@@ -11,7 +11,7 @@ from typing import Any
 from wq import manifest
 from wq.checkpoint import INDEX, SINGLE, Entry, read_header
 from wq.errors import WqError, first_line
-from wq.loaders.config import refuse_pattern
+from wq.formats.patterns import refuse_pattern
 from wq.verify.found import Found
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
