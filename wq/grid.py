@@ -75,7 +75,7 @@ def cover(weight: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
         low = w.amin(-1).clamp_max(0)
         scale = (w.amax(-1).clamp_min(0) - low) / (scheme.levels - 1)
         zero = (-low / scale.clamp_min(1e-30)).round_().clamp_(0, scheme.levels - 1)
-    return _stored(torch.where(scale == 0, 1.0, scale), scheme).to(scale_dtype(scheme)), zero.to(torch.uint8)
+    return stored(torch.where(scale == 0, 1.0, scale), scheme).to(scale_dtype(scheme)), zero.to(torch.uint8)
 
 
 def blocks(second_moment: Tensor, groups: int) -> Tensor:
@@ -102,7 +102,7 @@ def scale_dtype(scheme: Scheme) -> torch.dtype:
     return getattr(torch, scheme.scale_dtype)
 
 
-def _stored(scale: Tensor, scheme: Scheme) -> Tensor:
+def stored(scale: Tensor, scheme: Scheme) -> Tensor:
     """`scale` as the checkpoint will hold it: rounded to its dtype, finite, and never so small that it vanishes."""
     dtype = scale_dtype(scheme)
     smallest = 1e-7 if dtype is torch.float16 else 1e-30
@@ -155,16 +155,16 @@ def _search_symmetric(w: Tensor, omega: Tensor, scheme: Scheme) -> tuple[Tensor,
     ratios = _ratios(scheme, w.device)
     step = float(ratios[1] - ratios[0])
     zero = torch.full_like(full, mid)
-    best = _Best(_stored(torch.where(full == 0, 1.0, full), scheme), zero)
+    best = _Best(stored(torch.where(full == 0, 1.0, full), scheme), zero)
     for base in (full, plain):
         for ratio in ratios.tolist():
-            scale = _stored(base * ratio, scheme)
+            scale = stored(base * ratio, scheme)
             best.offer(_error(w, omega, scale, low, high), scale)
-    scale = _stored(torch.where(exact == 0, 1.0, exact), scheme)
+    scale = stored(torch.where(exact == 0, 1.0, exact), scheme)
     best.offer(_error(w, omega, scale, low, high), scale)
     center = best.scale
     for offset in torch.linspace(-step, step, 16).tolist():
-        scale = _stored(center + offset * full, scheme)
+        scale = stored(center + offset * full, scheme)
         best.offer(_error(w, omega, scale, low, high), scale)
     _least_squares(w, omega, best, scheme, low, high)
     return best.scale, best.zero
@@ -177,8 +177,8 @@ def _search_asymmetric(w: Tensor, omega: Tensor, scheme: Scheme) -> tuple[Tensor
     cover = torch.where(cover == 0, 1.0, cover)
     ratios = _ratios(scheme, w.device)
     step = float(ratios[1] - ratios[0])
-    stored = _stored(cover, scheme)
-    best = _Best(stored, (-low_end / stored).round().clamp(0, top))
+    widest = stored(cover, scheme)
+    best = _Best(widest, (-low_end / widest).round().clamp(0, top))
 
     def offer(scale: Tensor, zero: Tensor) -> None:
         z = zero.clamp(0, top)
@@ -186,13 +186,13 @@ def _search_asymmetric(w: Tensor, omega: Tensor, scheme: Scheme) -> tuple[Tensor
         best.offer(_error(w, omega, scale, *bounds), scale, z)
 
     for ratio in ratios.tolist():
-        scale = _stored(cover * ratio, scheme)
+        scale = stored(cover * ratio, scheme)
         # A smaller scale must clip: at the top (zero from the low end), at the bottom, or evenly.
         for zero in _zero_candidates(low_end, high_end, scale, top):
             offer(scale, zero)
     center, zero = best.scale, best.zero
     for offset in torch.linspace(-step, step, 11).tolist():
-        scale = _stored(center + offset * cover, scheme)
+        scale = stored(center + offset * cover, scheme)
         for shift in (-1, 0, 1):
             offer(scale, zero + shift)
     z = best.zero.unsqueeze(-1)
@@ -214,5 +214,5 @@ def _least_squares(
     q = (w / best.scale.unsqueeze(-1)).round_().clamp_(low, high)  # type: ignore[arg-type]
     norm = _inner(q, q, omega)
     scale = torch.where(norm > 0, _inner(q, w, omega) / norm.clamp_min(1e-30), best.scale)
-    scale = _stored(torch.where(scale == 0, best.scale, scale), scheme)
+    scale = stored(torch.where(scale == 0, best.scale, scale), scheme)
     best.offer(_error(w, omega, scale, low, high), scale)

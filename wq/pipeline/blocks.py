@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from wq.errors import ModelError, first_line
 from wq.solvers import Statistics
 from wq.structure.linears import is_linear, matrix
+
+_HELD_OUT = 8  # one batch in so many decides, and is not fitted to
 
 
 @dataclass
@@ -262,22 +264,56 @@ def _place(reader: nn.Module) -> tuple[int, torch.device]:
     return weight.shape[1], weight.device
 
 
+@torch.no_grad()
+def collect_pairs(
+    reader: nn.Module,
+    run: Callable[[int], Any],
+    original: nn.Module,
+    run_original: Callable[[int], Any],
+    batches: int,
+) -> Statistics:
+    """Statistics of a reader's input, and of how far it has drifted from the dense model's.
+
+    original, run_original: the same reader in the dense block, and a pass of that on the dense hidden states. Every
+    eighth batch is held out.
+    """
+    sums = SecondMoment(*_place(reader)), SecondMoment(*_place(reader))
+    for batch in range(batches):
+        x = _input(original, lambda: run_original(batch))  # noqa: B023
+        quantized = _input(reader, lambda: run(batch))  # noqa: B023
+        sums[batch % _HELD_OUT == _HELD_OUT - 1].add(quantized, x)
+    fitted, heldout = (total.result() for total in sums)
+    return replace(fitted, heldout=heldout if heldout.tokens else None)
+
+
+def _input(module: nn.Module, run: Callable[[], Any]) -> Tensor:
+    """What a layer is called with in a pass, which stops there."""
+    ((found,),) = arguments(module, ("input",), lambda batch: run(), 1)
+    return found
+
+
 class SecondMoment:
-    """Sums x xᵀ over tokens, in float32."""
+    """Sums x̂ x̂ᵀ over tokens, and (x − x̂) x̂ᵀ where x is given, in float32."""
 
     def __init__(self, size: int, device: torch.device):
         self.tokens = 0
         self.total = torch.zeros(size, size, dtype=torch.float32, device=device)
+        self.drift: Tensor | None = None
 
-    def add(self, x: Tensor) -> None:
+    def add(self, quantized: Tensor, x: Tensor | None = None) -> None:
         """Add tokens, `[..., size]`."""
-        rows = x.reshape(-1, x.shape[-1]).float()
+        rows = quantized.reshape(-1, quantized.shape[-1]).float()
         self.total.addmm_(rows.t(), rows)
         self.tokens += rows.shape[0]
+        if x is not None:
+            if self.drift is None:
+                self.drift = torch.zeros_like(self.total)
+            self.drift.addmm_((x.reshape(rows.shape).float() - rows).t(), rows)
 
     def result(self) -> Statistics:
         """Their mean."""
-        return Statistics(self.total / max(self.tokens, 1), self.tokens)
+        count = max(self.tokens, 1)
+        return Statistics(self.total / count, self.tokens, None if self.drift is None else self.drift / count)
 
 
 @torch.no_grad()

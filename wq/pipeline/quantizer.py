@@ -10,6 +10,7 @@ For each block of the decoder (in an encoder-decoder model: of the encoder, then
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import platform
@@ -18,7 +19,8 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
@@ -138,14 +140,16 @@ class _Job:
         """Quantize every block and write everything; the records of all layers."""
         records: list[dict[str, Any]] = []
         encoded: list[Tensor] = []
+        dense_encoded: list[Tensor] = []
         count = sum(len(blocks) for _, blocks in self.plan.towers)
         for tower, blocks in self.plan.towers:
             last = tower is self.plan.towers[-1][0]
             inputs = [] if tokens is None else self._inputs(tower, tokens, encoded)
             captured = self._capture(tower, inputs) if inputs else None
+            dense = self._dense_stream(tower, captured, tokens, dense_encoded)
             for index, block in enumerate(blocks):
                 started = time.perf_counter()
-                made = self._block(writer, block, index, captured, last and index + 1 == len(blocks))
+                made = self._block(writer, block, index, captured, dense, last and index + 1 == len(blocks))
                 records += made
                 self.done += 1
                 if on_block is not None:
@@ -154,15 +158,24 @@ class _Job:
             if captured is not None and not last:
                 with self._around(tower):
                     encoded = decoder.finish(tower.root, tower.blocks, inputs, captured)
+                    if dense is not None:
+                        dense_encoded = decoder.finish(tower.root, tower.blocks, inputs, dense)
         self._write_dense(writer, "", excluding=tuple(f"{tower.blocks_path}." for tower, _ in self.plan.towers))
         return records
 
     def _block(
-        self, writer: ShardWriter, block: Block, index: int, captured: decoder.Captured | None, last: bool
+        self,
+        writer: ShardWriter,
+        block: Block,
+        index: int,
+        captured: decoder.Captured | None,
+        dense: decoder.Captured | None,
+        last: bool,
     ) -> list[dict[str, Any]]:
         """Quantize one block, move the hidden states on unless it is the last, write it and free it."""
         if index or captured is None:
             self._load((block.path,))
+        original = None if dense is None else copy.deepcopy(block.module)
         stages = Stages(
             source=self.source,
             solver=self.solver,
@@ -173,11 +186,15 @@ class _Job:
             forward=None if captured is None else lambda batch: captured.run(block.module, index, batch),
             batches=0 if captured is None else len(captured.hidden),
             generator=torch.Generator(device=self.device).manual_seed(self.seed + self.done),
+            original=original,
+            forward_original=None if dense is None or original is None else partial(dense.run, original, index),
             changed=self.changed,
         )
         records = stages.run()
         if captured is not None and not last:
             captured.advance(block.module, index)
+            if dense is not None and original is not None:
+                dense.advance(original, index)
         self._write_dense(writer, block.path)
         self.source.unload(block.module)
         release_memory()
@@ -217,6 +234,16 @@ class _Job:
         self._load((f"{tower.blocks_path}.0",))
         with self._around(tower):
             return decoder.capture(tower.root, tower.blocks, inputs, self.source.name)
+
+    def _dense_stream(
+        self, tower: Tower, captured: decoder.Captured | None, tokens: Tensor | None, encoded: list[Tensor]
+    ) -> decoder.Captured | None:
+        """The hidden states of the dense model, for a solver that compares; they are the same in front of block 0."""
+        if captured is None or tokens is None or not getattr(self.solver, "NEEDS_PAIRS", False):
+            return None
+        if encoded:
+            return self._capture(tower, self._inputs(tower, tokens, encoded))
+        return replace(captured, hidden=list(captured.hidden))
 
     @contextmanager
     def _around(self, tower: Tower) -> Iterator[None]:

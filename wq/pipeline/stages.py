@@ -30,7 +30,8 @@ _UNROUTED = "no calibration token was routed there"
 class Stages:
     """The stages of one block.
 
-    forward: runs the block on a batch of calibration; None for a solver that needs none. changed: dense parameters
+    forward: runs the block on a batch of calibration; None for a solver that needs none. original, forward_original:
+    the dense block, and its run on the dense model's hidden states, for a solver that asks for pairs. changed: dense parameters
     that folding altered, by path.
     """
 
@@ -43,6 +44,8 @@ class Stages:
     forward: Callable[[int], Tensor] | None
     batches: int
     generator: torch.Generator
+    original: nn.Module | None = None
+    forward_original: Callable[[int], Tensor] | None = None
     changed: set[str] = field(default_factory=set)
 
     def run(self) -> list[dict[str, Any]]:
@@ -109,7 +112,7 @@ class Stages:
     def _solve(self, members: dict[str, nn.Module]) -> list[dict[str, Any]]:
         """One solver call for layers that read the same input; their rows are independent."""
         first = next(iter(members.values()))
-        (statistics,) = decoder.collect([first], self._forward, self.batches)
+        statistics = self._statistics(next(iter(members)), first)
         weight = torch.cat([matrix(linear).float() for linear in members.values()])
         solution, restored = self._solution(weight, statistics)
         records, start = [], 0
@@ -121,6 +124,13 @@ class Stages:
             records.append(self._store(name, linear, part, restored[rows], statistics.tokens))
             start = rows.stop
         return records
+
+    def _statistics(self, name: str, reader: nn.Module) -> Statistics:
+        if self.original is None or self.forward_original is None:
+            (found,) = decoder.collect([reader], self._forward, self.batches)
+            return found
+        original = self.original.get_submodule(name)
+        return decoder.collect_pairs(reader, self._forward, original, self.forward_original, self.batches)
 
     def _solution(self, weight: Tensor, statistics: Statistics | None) -> tuple[Solution, Tensor]:
         """Of a weight `[out, in]`, and the weight that it stands for; rounded to nearest where data is wanting."""

@@ -33,10 +33,15 @@ class Statistics:
 
     second_moment: `E[x xᵀ]`, float32 `[in_features, in_features]`, symmetric.
     tokens: how many tokens it is the mean of.
+    drift: `E[(x − x̂) x̂ᵀ]`, float32, like `second_moment`, where x̂ is the input that the statistics are of, in the
+    model quantized so far, and x the dense model's for the same token; or None.
+    heldout: the same of other tokens, on which choices are made; or None.
     """
 
     second_moment: Tensor
     tokens: int
+    drift: Tensor | None = None
+    heldout: Statistics | None = None
 
 
 class Solution(NamedTuple):

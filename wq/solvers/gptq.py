@@ -23,12 +23,14 @@ from torch import Tensor
 
 from wq import grid
 from wq.scheme import Scheme
-from wq.solvers import Solution, Statistics, rtn
+from wq.solvers import Solution, Statistics, refine, rtn, target
 
 NEEDS_STATISTICS = True
+NEEDS_PAIRS = True  # of inputs, the dense model's and the quantized one's
 
 _BLOCK = 128  # columns whose errors are spread eagerly; later columns get them in one matrix product
 _DAMPING_CEILING = 0.5
+_REFINEMENTS = 3  # at most
 
 
 def solve(
@@ -40,11 +42,60 @@ def solve(
     factor, damping = inverse_factor(hessian, statistics.tokens)
     if factor is None:
         return _round_instead(weight, statistics, scheme, generator)
-    scale, zero = grid.search(weight, scheme, hessian.diagonal())
-    codes = _sweep(weight, hessian.diagonal(), factor, scale, zero, scheme)
+    goal, share = target.retarget(weight, statistics)
+    scale, zero = grid.search(goal, scheme, hessian.diagonal())
+    codes = _sweep(goal, hessian.diagonal(), factor, scale, zero, scheme)
+    codes, scale, rounds = _refined(goal, weight, statistics, damping, codes, scale, zero, scheme)
     stats: dict[str, Any] = {"damping": damping, "dead_columns": int(dead.sum())}
+    if statistics.drift is not None:
+        stats |= {"drift_share": share, "refinements": rounds}
     stats["error"] = rtn.output_error(weight, grid.dequantize(codes, scale, zero), statistics)
     return Solution(codes, scale, zero, stats)
+
+
+def _refined(
+    goal: Tensor,
+    weight: Tensor,
+    statistics: Statistics,
+    damping: float,
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    scheme: Scheme,
+) -> tuple[Tensor, Tensor, int]:
+    """Scales and codes refined in turn for as long as tokens held out say that it helps, and how often it did."""
+    if statistics.heldout is None:
+        return codes, scale, 0
+    hessian = damped(statistics.second_moment.float(), damping)
+    order = activation_order(statistics.second_moment.diagonal())
+    best = heldout_error(weight, grid.dequantize(codes, scale, zero), statistics.heldout)
+    for rounds in range(_REFINEMENTS):
+        new_scale = refine.refit(goal, hessian, codes, scale, zero, scheme)
+        new_codes = refine.descend(goal, hessian, codes, new_scale, zero, scheme, order)
+        error = heldout_error(weight, grid.dequantize(new_codes, new_scale, zero), statistics.heldout)
+        if not error < best:
+            return codes, scale, rounds
+        best, codes, scale = error, new_codes, new_scale
+    return codes, scale, _REFINEMENTS
+
+
+def heldout_error(weight: Tensor, dequantized: Tensor, heldout: Statistics) -> float:
+    """`E‖Ŵ x̂ − W x‖² − E‖W (x̂ − x)‖²` over held-out tokens: what quantizing costs beyond the drift of the input."""
+    w, h = weight.float(), heldout.second_moment
+    delta = dequantized.float() - w
+    error = ((delta @ h) * delta).sum()
+    if heldout.drift is not None:
+        error = error - 2 * ((w @ heldout.drift) * delta).sum()
+    return float(error)
+
+
+def damped(hessian: Tensor, damping: float) -> Tensor:
+    """The Hessian with a share of its mean diagonal added, dead columns given the mean first."""
+    diagonal = hessian.diagonal()
+    mean = diagonal.mean()
+    made = hessian.clone()
+    made.diagonal().copy_(torch.where(diagonal <= 0, mean, diagonal) + damping * mean)
+    return made
 
 
 def _round_instead(
