@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -189,17 +189,25 @@ def _is_hidden(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point() and value.dim() == 3
 
 
-@torch.no_grad()
-def trace(
-    block: nn.Module, readers: dict[str, nn.Module], run: Callable[[], Any]
-) -> tuple[list[list[str]], dict[str, tuple[str, nn.Module]]]:
-    """Which layers read the same input, in the order they run; and the module that produced each such input, if one.
+class Traced(NamedTuple):
+    """How data flows in a block.
 
-    Layers are grouped by the identity of the tensor they get, so q/k/v and gate/up come out together without a table.
-    A module of experts is a group of its own. What did not run is in no group. The producers are
-    `{first layer of the group: (name, module)}`.
+    groups: layers that read the same input, in the order they run; a module of experts is a group of its own, what did
+    not run is in no group. producers: `{first layer of a group: (name, module)}` of what produced that input, if one
+    module did. residuals: `{layer: name}` of the module whose input is what the layer's output is added to, "" for the
+    block itself.
     """
+
+    groups: list[list[str]]
+    producers: dict[str, tuple[str, nn.Module]]
+    residuals: dict[str, str]
+
+
+@torch.no_grad()
+def trace(block: nn.Module, readers: dict[str, nn.Module], run: Callable[[], Any]) -> Traced:
+    """Run a block once and see. By the identity of tensors, and of their sums, so without a table of models."""
     seen: list[tuple[Tensor, list[str]]] = []
+    inputs: list[tuple[Tensor, str]] = []
     outputs: list[tuple[Tensor, str, nn.Module]] = []
     names = {id(module): name for name, module in readers.items()}
 
@@ -213,11 +221,15 @@ def trace(
 
     handles = [reader.register_forward_pre_hook(enter, with_kwargs=True) for reader in readers.values()]
     for name, module in block.named_modules():
-        if name and not any(module.children()):
+        if not name or not any(module.children()):
+
+            def arrive(module: nn.Module, args: Any, kwargs: dict[str, Any], name: str = name) -> None:
+                inputs.append((_hidden(args, kwargs), name))
 
             def leave(module: nn.Module, args: Any, out: Any, name: str = name) -> None:
-                outputs.append((out, name, module))
+                outputs.append((out[0] if isinstance(out, (tuple, list)) else out, name, module))
 
+            handles.append(module.register_forward_pre_hook(arrive, with_kwargs=True))
             handles.append(module.register_forward_hook(leave))
     try:
         run()
@@ -226,10 +238,39 @@ def trace(
             handle.remove()
     producers = {}
     for tensor, group in seen:
-        source = next(((name, module) for out, name, module in outputs if out is tensor), None)
+        source = next(((name, module) for out, name, module in outputs if out is tensor and name), None)
         if source is not None:
             producers[group[0]] = source
-    return [list(dict.fromkeys(group)) for _, group in seen], producers
+    groups = [list(dict.fromkeys(group)) for _, group in seen]
+    return Traced(groups, producers, _residuals(groups, inputs, outputs))
+
+
+def _residuals(
+    groups: list[list[str]], inputs: list[tuple[Tensor, str]], outputs: list[tuple[Tensor, str, nn.Module]]
+) -> dict[str, str]:
+    """Which layers' outputs are added, as they are, to something that a module reads: a sum shows by its value."""
+    made = {name: out for out, name, _ in outputs}
+    readers = {name for group in groups for name in group}
+    stream = [(value, name) for value, name in inputs if name not in readers]
+    sums = [*(value for value, _ in stream), made[""]]
+    found = {}
+    for name in (group[0] for group in groups if len(group) == 1 and group[0] in made):
+        out = made[name]
+        alike = [(value, source) for value, source in stream if _alike(value, out)]
+        totals = [total for total in sums if _alike(total, out)]
+        source = next((source for r, source in alike if any(torch.equal(r + out, total) for total in totals)), None)
+        if source is not None:
+            found[name] = source
+    return found
+
+
+def _alike(value: Any, other: Tensor) -> bool:
+    return isinstance(value, Tensor) and value.shape == other.shape and value.dtype == other.dtype
+
+
+def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What a module of a block is called with first."""
+    return args[0] if args else next((value for value in kwargs.values() if _is_hidden(value)), None)
 
 
 @torch.no_grad()
@@ -264,56 +305,88 @@ def _place(reader: nn.Module) -> tuple[int, torch.device]:
     return weight.shape[1], weight.device
 
 
-@torch.no_grad()
-def collect_pairs(
-    reader: nn.Module,
-    run: Callable[[int], Any],
-    original: nn.Module,
-    run_original: Callable[[int], Any],
-    batches: int,
-) -> Statistics:
-    """Statistics of a reader's input, and of how far it has drifted from the dense model's.
+@dataclass
+class Tap:
+    """A layer of a block that runs on a batch, and perhaps the module whose input its output is added to."""
 
-    original, run_original: the same reader in the dense block, and a pass of that on the dense hidden states. Every
-    eighth batch is held out.
+    reader: nn.Module
+    residual: nn.Module | None
+    run: Callable[[int], Any]
+
+    def read(self, batch: int) -> tuple[Tensor, Tensor | None]:
+        """The layer's input and what its output is added to; the pass stops there."""
+        found: dict[str, Tensor] = {}
+
+        def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            found["residual"] = _hidden(args, kwargs)
+
+        def enter(module: nn.Module, args: tuple[Any, ...]) -> None:
+            found["input"] = args[0]
+            raise _Stop
+
+        handles = [self.reader.register_forward_pre_hook(enter)]
+        if self.residual is not None:
+            handles.append(self.residual.register_forward_pre_hook(note, with_kwargs=True))
+        try:
+            with suppress(_Stop):
+                self.run(batch)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return found["input"], found.get("residual")
+
+
+@torch.no_grad()
+def collect_pairs(quantized: Tap, dense: Tap, batches: int) -> Statistics:
+    """Statistics of a layer's input, and of how far it and what its output is added to have drifted from the dense
+    model's. Every eighth window is held out.
     """
-    sums = SecondMoment(*_place(reader)), SecondMoment(*_place(reader))
+    sums = SecondMoment(*_place(quantized.reader)), SecondMoment(*_place(quantized.reader))
+    seen = 0
     for batch in range(batches):
-        x = _input(original, lambda: run_original(batch))  # noqa: B023
-        quantized = _input(reader, lambda: run(batch))  # noqa: B023
-        sums[batch % _HELD_OUT == _HELD_OUT - 1].add(quantized, x)
+        x, r = dense.read(batch)
+        q, s = quantized.read(batch)
+        drift = None if r is None or s is None else r - s
+        place = torch.arange(seen, seen + len(q), device=q.device) % _HELD_OUT == _HELD_OUT - 1
+        seen += len(q)
+        for total, rows in zip(sums, (~place, place), strict=True):
+            total.add(q[rows], x[rows], None if drift is None else drift[rows])
     fitted, heldout = (total.result() for total in sums)
     return replace(fitted, heldout=heldout if heldout.tokens else None)
 
 
-def _input(module: nn.Module, run: Callable[[], Any]) -> Tensor:
-    """What a layer is called with in a pass, which stops there."""
-    ((found,),) = arguments(module, ("input",), lambda batch: run(), 1)
-    return found
-
-
 class SecondMoment:
-    """Sums x̂ x̂ᵀ over tokens, and (x − x̂) x̂ᵀ where x is given, in float32."""
+    """Sums x̂ x̂ᵀ over tokens, and where they are given (x − x̂) x̂ᵀ and (r − r̂) x̂ᵀ, in float32."""
 
     def __init__(self, size: int, device: torch.device):
         self.tokens = 0
         self.total = torch.zeros(size, size, dtype=torch.float32, device=device)
         self.drift: Tensor | None = None
+        self.residual: Tensor | None = None
 
-    def add(self, quantized: Tensor, x: Tensor | None = None) -> None:
-        """Add tokens, `[..., size]`."""
+    def add(self, quantized: Tensor, x: Tensor | None = None, residual: Tensor | None = None) -> None:
+        """Add tokens, `[..., size]`; residual `[..., out_features]` is a difference already."""
         rows = quantized.reshape(-1, quantized.shape[-1]).float()
         self.total.addmm_(rows.t(), rows)
         self.tokens += rows.shape[0]
         if x is not None:
-            if self.drift is None:
-                self.drift = torch.zeros_like(self.total)
-            self.drift.addmm_((x.reshape(rows.shape).float() - rows).t(), rows)
+            self.drift = self._plus(self.drift, x.reshape(rows.shape).float() - rows, rows)
+        if residual is not None:
+            self.residual = self._plus(self.residual, residual.reshape(len(rows), -1).float(), rows)
+
+    @staticmethod
+    def _plus(total: Tensor | None, left: Tensor, rows: Tensor) -> Tensor:
+        if total is None:
+            total = torch.zeros(left.shape[1], rows.shape[1], dtype=torch.float32, device=rows.device)
+        return total.addmm_(left.t(), rows)
 
     def result(self) -> Statistics:
         """Their mean."""
         count = max(self.tokens, 1)
-        return Statistics(self.total / count, self.tokens, None if self.drift is None else self.drift / count)
+        sums = self.total, self.drift, self.residual
+        total, drift, residual = (None if one is None else one / count for one in sums)
+        assert total is not None
+        return Statistics(total, self.tokens, drift, residual)
 
 
 @torch.no_grad()

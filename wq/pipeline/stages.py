@@ -47,6 +47,7 @@ class Stages:
     original: nn.Module | None = None
     forward_original: Callable[[int], Tensor] | None = None
     changed: set[str] = field(default_factory=set)
+    residuals: dict[str, str] = field(default_factory=dict)
 
     def run(self) -> list[dict[str, Any]]:
         """Solve, replace and write every layer and all experts of the block; one record for each."""
@@ -59,10 +60,11 @@ class Stages:
             left[name.rpartition(".")[0]] = module.get_submodule(name.rpartition(".")[0])
         records: list[dict[str, Any]] = []
         if self.forward is not None and left:
-            groups, producers = decoder.trace(module, left, lambda: self._forward(0))
+            traced = decoder.trace(module, left, lambda: self._forward(0))
+            self.residuals = traced.residuals
             if hasattr(self.solver, "input_scales"):
-                self._fold([group for group in groups if is_linear(left[group[0]])], left, producers)
-            for group in groups:
+                self._fold([group for group in traced.groups if is_linear(left[group[0]])], left, traced.producers)
+            for group in traced.groups:
                 records += self._stage({name: left.pop(name) for name in group})
         for name, reader in left.items():  # no data asked for, or a layer that calibration never reached
             records += self._without_data(name, reader)
@@ -129,8 +131,12 @@ class Stages:
         if self.original is None or self.forward_original is None:
             (found,) = decoder.collect([reader], self._forward, self.batches)
             return found
-        original = self.original.get_submodule(name)
-        return decoder.collect_pairs(reader, self._forward, original, self.forward_original, self.batches)
+        source = self.residuals.get(name)
+        quantized, dense = (
+            decoder.Tap(block.get_submodule(name), None if source is None else block.get_submodule(source), run)
+            for block, run in ((self.block.module, self._forward), (self.original, self.forward_original))
+        )
+        return decoder.collect_pairs(quantized, dense, self.batches)
 
     def _solution(self, weight: Tensor, statistics: Statistics | None) -> tuple[Solution, Tensor]:
         """Of a weight `[out, in]`, and the weight that it stands for; rounded to nearest where data is wanting."""

@@ -35,12 +35,15 @@ class Statistics:
     tokens: how many tokens it is the mean of.
     drift: `E[(x − x̂) x̂ᵀ]`, float32, like `second_moment`, where x̂ is the input that the statistics are of, in the
     model quantized so far, and x the dense model's for the same token; or None.
+    residual: `E[(r − r̂) x̂ᵀ]`, float32 `[out_features, in_features]`, likewise of what the layer's output is added to;
+    or None.
     heldout: the same of other tokens, on which choices are made; or None.
     """
 
     second_moment: Tensor
     tokens: int
     drift: Tensor | None = None
+    residual: Tensor | None = None
     heldout: Statistics | None = None
 
 

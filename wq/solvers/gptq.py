@@ -85,7 +85,7 @@ def heldout_error(weight: Tensor, dequantized: Tensor, heldout: Statistics) -> f
     delta = dequantized.float() - w
     error = ((delta @ h) * delta).sum()
     if heldout.drift is not None:
-        error = error - 2 * ((w @ heldout.drift) * delta).sum()
+        error = error - 2 * (target.pull(w, heldout) * delta).sum()
     return float(error)
 
 

@@ -19,6 +19,7 @@ from wq.solvers import Statistics
 
 _DAMPING = 0.2  # of the mean diagonal of H
 _LARGEST_SHARE = 1.0
+RESIDUAL = 1.0
 
 
 def retarget(weight: Tensor, statistics: Statistics) -> tuple[Tensor, float]:
@@ -38,8 +39,15 @@ def retarget(weight: Tensor, statistics: Statistics) -> tuple[Tensor, float]:
     if failed:
         return weight, 0.0
     w = weight.float()
-    correction = torch.cholesky_solve((w @ statistics.drift).double().t(), factor).t().float()
+    correction = torch.cholesky_solve(pull(w, statistics).double().t(), factor).t().float()
     norm = float(((correction @ heldout.second_moment) * correction).sum())
-    gain = float(((w @ heldout.drift) * correction).sum())
+    gain = float((pull(w, heldout) * correction).sum())
     share = min(max(gain / norm, 0.0), _LARGEST_SHARE) if norm > 0 else 0.0
     return w + share * correction, share
+
+
+def pull(weight: Tensor, statistics: Statistics) -> Tensor:
+    """`E[(t − W x̂) x̂ᵀ]`, `[out, in]`: how the output that is wanted, t, differs from what the dense weight now gives."""
+    assert statistics.drift is not None
+    found = weight @ statistics.drift
+    return found if statistics.residual is None or RESIDUAL == 0 else found + RESIDUAL * statistics.residual
