@@ -34,7 +34,7 @@ RANKS = {
             ("checkpoint",),
             ("report", "structure", "quantized", "manifest", "loaders"),
             ("pipeline", "hf"),
-            ("evaluate", "hub", "doctor", "tuning", "convert", "verify"),
+            ("evaluate", "hub", "doctor", "tuning", "convert", "verify", "distill"),
             ("cli",),
             ("__main__",),
         ]

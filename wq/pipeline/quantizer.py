@@ -45,7 +45,10 @@ from wq.structure.towers import Tower
 
 _BATCH_TOKENS = 4096  # enough rows for full-speed matrix products, few enough for small activations
 
+STEPS = ("sequence",)  # the pipeline's own: a layer learns behind those of its block that are quantized before it
+
 BlockCallback = Callable[[dict[str, Any]], None]
+Finish = Callable[[Path, "Tensor | None"], dict[str, Any]]
 
 
 def quantize(
@@ -67,7 +70,9 @@ def quantize(
     revision: str | None = None,
     overwrite: bool = False,
     trust_remote_code: bool = False,
+    without: Iterable[str] = (),
     on_block: BlockCallback | None = None,
+    finish: Finish | None = None,
 ) -> dict[str, Any]:
     """Quantize a dense model into a checkpoint folder that transformers and vLLM load, and return its report.
 
@@ -77,12 +82,15 @@ def quantize(
     format: a name in `wq.formats.FORMATS`. calibration: see `wq.pipeline.calibration.load`; methods that need none
     read none. keep: regular expressions; layers whose name one of them matches stay dense.
     dtype: of scales and dense tensors; None keeps the model's own (float32 is stored as float16).
-    device: where blocks run; None is the first GPU, or the CPU. on_block: called with a dict after each block.
+    device: where blocks run; None is the first GPU, or the CPU. without: steps of the method, or in `STEPS`, that are
+    left out. on_block: called with a dict after each block. finish: called with the folder, when all is in it but the
+    report, and the calibration tokens; what it returns goes into the report.
 
     Raises a WqError, before any heavy work, for everything that can be known to fail.
     """
     started = time.perf_counter()
     solver, fmt = solvers.get(method), formats.get(format)
+    omitted = solvers.check_steps(method, without, STEPS)
     check_quantizable(bits)
     scheme = Scheme(bits, -1 if group_size is None else group_size, symmetric)
     check_output(Path(output), overwrite)
@@ -93,13 +101,14 @@ def quantize(
         if solver.NEEDS_STATISTICS:
             _check_can_calibrate(source, plan, seqlen)
             stream = calibration_text.load(calibration, source.tokenizer, samples, seqlen, seed)
-        job = _Job(source, solver, fmt, plan, torch.device(device or default_device()), seed)
+        job = _Job(source, solver, fmt, plan, torch.device(device or default_device()), seed, omitted)
         with staged(Path(output), overwrite) as stage:
             with ShardWriter(stage, plan.specs) as writer:
                 layers = job.run(writer, None if stream is None else stream.tokens, on_block)
             _write_config(source, stage, plan, fmt)
             source.save_companions(stage)
-            made = _report(source, plan, method, format, stream, layers, job, started)
+            finished = {} if finish is None else finish(stage, None if stream is None else stream.tokens)
+            made = {**_report(source, plan, method, format, stream, layers, job, started), **finished}
             made["checkpoint_bytes"] = sum(file.stat().st_size for file in stage.glob("*.safetensors"))
             report.save(made, stage)
             manifest.write(stage)
@@ -128,6 +137,7 @@ class _Job:
     plan: Plan
     device: torch.device
     seed: int
+    without: frozenset[str] = frozenset()
     changed: set[str] = field(default_factory=set)  # dense parameters that folding altered
     done: int = 0  # blocks
 
@@ -186,15 +196,15 @@ class _Job:
             forward=None if captured is None else lambda batch: captured.run(block.module, index, batch),
             batches=0 if captured is None else len(captured.hidden),
             generator=torch.Generator(device=self.device).manual_seed(self.seed + self.done),
-            original=original,
-            forward_original=None if dense is None or original is None else partial(dense.run, original, index),
+            dense=None if dense is None or original is None else (original, partial(dense.run, original, index)),
+            without=self.without,
             changed=self.changed,
         )
         records = stages.run()
         if captured is not None and not last:
             captured.advance(block.module, index)
             if dense is not None and original is not None:
-                dense.advance(original, index)
+                dense.advance(original, index, stages.dense_outputs)
         self._write_dense(writer, block.path)
         self.source.unload(block.module)
         release_memory()
@@ -239,7 +249,8 @@ class _Job:
         self, tower: Tower, captured: decoder.Captured | None, tokens: Tensor | None, encoded: list[Tensor]
     ) -> decoder.Captured | None:
         """The hidden states of the dense model, for a solver that compares; they are the same in front of block 0."""
-        if captured is None or tokens is None or not getattr(self.solver, "NEEDS_PAIRS", False):
+        wanted = getattr(self.solver, "NEEDS_PAIRS", False) and not self.without & {"target", "sequence"}
+        if captured is None or tokens is None or not wanted:
             return None
         if encoded:
             return self._capture(tower, self._inputs(tower, tokens, encoded))
@@ -306,6 +317,7 @@ def _report(
         "quantized_parameters": plan.quantized,
         "source_dtype": str(source.dtype).removeprefix("torch."),
         "source_bytes": sum(entry.bytes for entry in source.entries.values()),
+        "without": sorted(job.without),
         "fallbacks": fallbacks,
         "layers": layers,
         "seconds": round(time.perf_counter() - started, 1),
