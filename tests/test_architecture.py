@@ -35,6 +35,7 @@ RANKS = {
             ("report", "structure", "quantized", "manifest", "loaders"),
             ("pipeline", "hf"),
             ("evaluate", "hub", "doctor", "tuning", "convert", "verify", "distill"),
+            ("presets",),
             ("cli",),
             ("__main__",),
         ]

@@ -28,7 +28,7 @@ from wq.formats.stored import Stored
 from wq.solvers import Solution
 from wq.structure.linears import is_linear, matrix
 
-_HELD_OUT = 8  # one window in so many decides, and is not learned from
+HELD_OUT = 8  # one window in so many decides, and is not learned from
 _INSIDE = 0.49  # of a step: how far from its code a weight may lie when codes begin to learn
 
 StepCallback = Callable[[int, int, float], None]
@@ -49,6 +49,7 @@ class Rates:
     batch: int = 4
 
 
+@torch.enable_grad()
 def distill(
     folder: str | os.PathLike[str],
     base: str | os.PathLike[str],
@@ -64,12 +65,14 @@ def distill(
     the checkpoint was changed. Raises CalibrationError for too few windows, ModelError when nothing can learn.
     """
     rates, path = rates or Rates(), Path(folder)
-    if len(tokens) < _HELD_OUT:
-        raise CalibrationError(f"{len(tokens)} calibration windows; distillation needs at least {_HELD_OUT}.")
+    if quantized.read_config(path).get("is_encoder_decoder"):
+        raise ModelError(f"{path}: an encoder-decoder model predicts from two texts; it is not distilled.")
+    if len(tokens) < HELD_OUT:
+        raise CalibrationError(f"{len(tokens)} calibration windows; distillation needs at least {HELD_OUT}.")
     started = time.perf_counter()
     teacher = _load(base, torch.device(device), False)
     pupil = Pupil(path, teacher, torch.device(device), bool(rates.codes))
-    heldout = torch.arange(len(tokens)) % _HELD_OUT == _HELD_OUT - 1
+    heldout = torch.arange(len(tokens)) % HELD_OUT == HELD_OUT - 1
     learn, decide = tokens[~heldout], tokens[heldout]
     before = mean_kl(teacher, pupil.model, decide)
     steps = list(_batches(len(learn), rates))
@@ -99,6 +102,18 @@ def distill(
         "kept": after < before,
         "seconds": round(time.perf_counter() - started, 1),
     }
+
+
+def required_bytes(folder: Path, rates: Rates) -> int:
+    """About what distilling takes: two models of 4-byte weights, and for codes that learn their gradients and moments.
+
+    An estimate from the headers, activations aside.
+    """
+    packed, others = quantized.split(read_headers(folder))
+    config = quantized.read_config(folder)["quantization_config"]
+    weights = sum(math.prod(quantized.describe(name, leaves, config).shape) for name, leaves in packed.items())
+    rest = sum(math.prod(entry.shape) for entry in others.values())
+    return 4 * (2 * (weights + rest) + weights * (3 if rates.codes else 1))
 
 
 def _batches(windows: int, rates: Rates) -> Iterator[Tensor]:

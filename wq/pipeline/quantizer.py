@@ -83,8 +83,8 @@ def quantize(
     read none. keep: regular expressions; layers whose name one of them matches stay dense.
     dtype: of scales and dense tensors; None keeps the model's own (float32 is stored as float16).
     device: where blocks run; None is the first GPU, or the CPU. without: steps of the method, or in `STEPS`, that are
-    left out. on_block: called with a dict after each block. finish: called with the folder, when all is in it but the
-    report, and the calibration tokens; what it returns goes into the report.
+    left out. on_block: called with a dict after each block. finish: called with the folder when all but the report is
+    in it, and with the calibration tokens; what it returns goes into the report.
 
     Raises a WqError, before any heavy work, for everything that can be known to fail.
     """
@@ -108,11 +108,16 @@ def quantize(
             _write_config(source, stage, plan, fmt)
             source.save_companions(stage)
             finished = {} if finish is None else finish(stage, None if stream is None else stream.tokens)
-            made = {**_report(source, plan, method, format, stream, layers, job, started), **finished}
-            made["checkpoint_bytes"] = sum(file.stat().st_size for file in stage.glob("*.safetensors"))
-            report.save(made, stage)
-            manifest.write(stage)
+            made = _report(source, plan, method, format, stream, layers, job, started) | finished
+            _describe(stage, made)
     return made
+
+
+def _describe(stage: Path, made: dict[str, Any]) -> None:
+    """Write the report, the card and the manifest of what is in the folder."""
+    made["checkpoint_bytes"] = sum(file.stat().st_size for file in stage.glob("*.safetensors"))
+    report.save(made, stage)
+    manifest.write(stage)
 
 
 def _check_can_calibrate(source: Source, plan: Plan, seqlen: int) -> None:
