@@ -122,7 +122,7 @@ class SecondMoment:
         """Add tokens, `[..., size]`. residual: `[..., out_features]`, a difference already."""
         rows = quantized.reshape(-1, quantized.shape[-1]).float()
         drift = None if x is None else x.reshape(rows.shape).float() - rows
-        offset = None if residual is None else residual.reshape(len(rows), -1).float()
+        offset = None if residual is None else residual.reshape(len(rows), residual.shape[-1]).float()
         given = [part for part in (rows, drift, offset) if part is not None]
         finite = torch.stack([part.sum(-1).isfinite() for part in given]).all(0)
         if not finite.all():
