@@ -180,7 +180,10 @@ def test_dead_columns_are_counted_rounded_to_nearest_and_change_no_other(generat
     assert torch.equal(s.codes[:, dead], grid.quantize(w, s.scale, s.zero, scheme)[:, dead])
     assert (s.codes == textbook(w, known, s.scale, s.zero, 16)).double().mean() >= 0.999
     live = torch.ones(96, dtype=torch.bool).index_fill(0, torch.tensor(dead), False)
-    order, factor = gptq.activation_order(known.second_moment.diagonal()), gptq.inverse_factor(known.second_moment, 2000)
+    order, factor = (
+        gptq.activation_order(known.second_moment.diagonal()),
+        gptq.inverse_factor(known.second_moment, 2000),
+    )
     moved = gptq._sweep(torch.where(live, w, 100.0), order, factor[0], s.scale, s.zero, scheme)
     assert torch.equal(moved[:, live], s.codes[:, live])
 

@@ -253,16 +253,19 @@ def _residuals(
     found = {}
     for name in (group[0] for group in groups if len(group) == 1 and group[0] in made):
         out = made[name]
-        alike = [(value, source) for value, source in stream if _alike(value, out)]
-        totals = [total for total in sums if _alike(total, out)]
-        source = next((source for r, source in alike if any(torch.equal(r + out, total) for total in totals)), None)
+        addends = [(value.reshape(out.shape), source) for value, source in stream if _alike(value, out)]
+        totals = [total.reshape(out.shape) for total in sums if _alike(total, out)]
+        source = next((source for r, source in addends if any(torch.equal(r + out, total) for total in totals)), None)
         if source is not None:
             found[name] = source
     return found
 
 
 def _alike(value: Any, other: Tensor) -> bool:
-    return isinstance(value, Tensor) and value.shape == other.shape and value.dtype == other.dtype
+    """Whether both are the same tokens' vectors, of one size, perhaps with the windows joined."""
+    if not isinstance(value, Tensor) or value.dtype != other.dtype:
+        return False
+    return value.numel() == other.numel() and value.shape[-1:] == other.shape[-1:]
 
 
 def first_hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

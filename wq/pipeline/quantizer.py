@@ -199,7 +199,7 @@ class _Job:
             writer=writer,
             block=block,
             forward=None if captured is None else lambda batch: captured.run(block.module, index, batch),
-            batches=0 if captured is None else len(captured.hidden),
+            windows=[] if captured is None else [len(hidden) for hidden in captured.hidden],
             generator=torch.Generator(device=self.device).manual_seed(self.seed + self.done),
             dense=None if dense is None or original is None else (original, partial(dense.run, original, index)),
             without=self.without,

@@ -31,7 +31,8 @@ _UNROUTED = "no calibration token was routed there"
 class Stages:
     """The stages of one block.
 
-    forward: runs the block on a batch of calibration; None for a solver that needs none. dense: the dense block, and
+    forward: runs the block on a batch of calibration; None for a solver that needs none. windows: how
+    many each batch has. dense: the dense block, and
     its run on the dense model's hidden states, for a solver that asks for pairs. without: steps that are left out.
     changed: dense parameters that folding altered, by path. known: statistics that were collected ahead. dense_outputs:
     the dense block's outputs, if it ran to the end.
@@ -44,7 +45,7 @@ class Stages:
     writer: ShardWriter
     block: Block
     forward: Callable[[int], Tensor] | None
-    batches: int
+    windows: list[int]
     generator: torch.Generator
     dense: tuple[nn.Module, Callable[[int], Tensor]] | None = None
     without: frozenset[str] = frozenset()
@@ -69,7 +70,7 @@ class Stages:
                 self._fold([group for group in traced.groups if is_linear(left[group[0]])], left, traced.producers)
             if "sequence" in self.without:
                 names = [group[0] for group in traced.groups if is_linear(left[group[0]])]
-                found = collect([left[name] for name in names], self._forward, self.batches)
+                found = collect([left[name] for name in names], self._forward, len(self.windows))
                 self.known = dict(zip(names, found, strict=True))
             for group in traced.groups:
                 records += self._stage({name: left.pop(name) for name in group})
@@ -85,7 +86,7 @@ class Stages:
         name, reader = next(iter(members.items()))
         if is_linear(reader):
             return self._solve(members)
-        return self._experts(name, reader, mixture.watch(reader, self._forward, self.batches))
+        return self._experts(name, reader, mixture.watch(reader, self._forward, len(self.windows)))
 
     def _without_data(self, name: str, reader: nn.Module) -> list[dict[str, Any]]:
         if not is_linear(reader):
@@ -100,7 +101,7 @@ class Stages:
     def _fold(self, groups: list[list[str]], linears: dict[str, nn.Module], producers: dict[str, Any]) -> None:
         """Let the solver scale each group's input wherever something can take the scale over."""
         readers = [linears[group[0]] for group in groups]
-        statistics = collect(readers, self._forward, self.batches)
+        statistics = collect(readers, self._forward, len(self.windows))
         for group, known in zip(groups, statistics, strict=True):
             fold = folding.find(self.block.module, group, producers.get(group[0]))
             if fold is None or not self._stored(fold.name):
@@ -138,14 +139,14 @@ class Stages:
         if name in self.known:
             return self.known[name]
         if not getattr(self.solver, "NEEDS_PAIRS", False):
-            (found,) = collect([reader], self._forward, self.batches)
+            (found,) = collect([reader], self._forward, len(self.windows))
             return found
         quantized = self._tap(name, self.block.module, self._forward)
         dense = None if self.dense is None else self._tap(name, *self.dense)
         if dense is not None:  # the last pass over the dense block moves its stream on, too
             dense.whole = name == self.traced.groups[-1][0]
             self.dense_outputs = dense.outputs
-        return collect_pairs(quantized, dense, self.batches)
+        return collect_pairs(quantized, dense, self.windows)
 
     def _tap(self, name: str, block: nn.Module, run: Callable[[int], Tensor]) -> Tap:
         source = self.traced.residuals.get(name)

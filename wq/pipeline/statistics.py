@@ -6,7 +6,7 @@ calibration set. Tokens that are not finite are left out and counted.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -89,23 +89,28 @@ class Tap:
 
 
 @torch.no_grad()
-def collect_pairs(quantized: Tap, dense: Tap | None, batches: int) -> Statistics:
+def collect_pairs(quantized: Tap, dense: Tap | None, windows: Sequence[int]) -> Statistics:
     """Statistics of a layer's input in the model quantized so far, and of its drift from the dense model's if given.
 
-    Every eighth window is held out, to decide on.
+    windows: how many each batch has. Every eighth window is held out, to decide on.
     """
     sums = SecondMoment(*_place(quantized.reader)), SecondMoment(*_place(quantized.reader))
-    windows = 0
-    for batch in range(batches):
+    seen = 0
+    for batch, count in enumerate(windows):
         x, r = (None, None) if dense is None else dense.read(batch)
         q, s = quantized.read(batch)
         drift = None if r is None or s is None else r - s
-        heldout = torch.arange(windows, windows + len(q), device=q.device) % _HELD_OUT == _HELD_OUT - 1
-        windows += len(q)
+        heldout = torch.arange(seen, seen + count, device=q.device) % _HELD_OUT == _HELD_OUT - 1
+        seen += count
         for total, rows in zip(sums, (~heldout, heldout), strict=True):
-            total.add(q[rows], None if x is None else x[rows], None if drift is None else drift[rows])
+            total.add(_windows(q, count)[rows], *(None if t is None else _windows(t, count)[rows] for t in (x, drift)))
     fitted, decisive = (total.result() for total in sums)
     return replace(fitted, heldout=decisive if decisive.tokens else None)
+
+
+def _windows(tokens: Tensor, count: int) -> Tensor:
+    """`[windows, tokens, size]`, also of tokens whose windows a model has joined."""
+    return tokens.reshape(count, -1, tokens.shape[-1])
 
 
 class SecondMoment:
