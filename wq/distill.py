@@ -29,7 +29,7 @@ from wq.solvers import Solution
 from wq.structure.linears import is_linear, matrix
 
 HELD_OUT = 8  # one window in so many decides, and is not learned from
-_INSIDE = 0.49  # of a step: how far from its code a weight may lie when codes begin to learn
+_INSIDE = 0.4  # of a step: how far from its code a weight may lie when codes begin to learn
 
 StepCallback = Callable[[int, int, float], None]
 

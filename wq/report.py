@@ -46,7 +46,7 @@ def card(report: dict[str, Any]) -> str:
     name = Path(report["model"]).name
     rows = [
         ("Base model", f"`{report.get('repo') or name}`"),
-        ("Method", report["method"].upper()),
+        ("Method", _method(report)),
         ("Bits / group size / grid", f"{scheme['bits']} / {group} / {grid}"),
         ("Format", f"{report['format']}, {report['dtype']} scales and dense tensors"),
         ("Calibration", _calibration(report["calibration"])),
@@ -97,6 +97,23 @@ def _header(report: dict[str, Any]) -> str:
         lines += [f"base_model: {report['repo']}", "base_model_relation: quantized"]
     tags = ["wq", report["method"], report["format"], f"{report['scheme']['bits']}-bit"]
     return "\n".join([*lines, "tags:", *(f"- {tag}" for tag in dict.fromkeys(tags)), "---", ""])
+
+
+def _method(report: dict[str, Any]) -> str:
+    """The algorithm, the preset, and what became of distillation."""
+    words = [report["method"].upper()]
+    if "preset" in report:
+        words.append(f"preset {report['preset']}")
+    if report.get("without"):
+        words.append(f"without {', '.join(report['without'])}")
+    taught = report.get("distillation")
+    if taught and "reason" in taught:
+        words.append(f"not distilled: {taught['reason']}")
+    elif taught:
+        kl = taught["heldout_kl"]
+        state = "" if taught["kept"] else ", not kept"
+        words.append(f"distilled, KL on held-out calibration text {kl['before']:.4f} → {kl['after']:.4f}{state}")
+    return "; ".join(words)
 
 
 def _calibration(record: dict[str, Any] | None) -> str:
