@@ -19,7 +19,7 @@ come, by the inverse of the Hessian H = E[x xᵀ]. The name alone says little; w
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Callable, Container
 from typing import Any
 
 import torch
@@ -167,19 +167,40 @@ def _sweep(weight: Tensor, order: Tensor, factor: Tensor, scale: Tensor, zero: T
     w = weight.float().t()[order].contiguous()
     codes = torch.empty_like(w, dtype=torch.uint8)
     scales, zeros = scale.float().t()[group].contiguous(), zero.float().t()[group].contiguous()
-    top = scheme.levels - 1
+    round_block = _block_rounder(w.device)
     for start in range(0, columns, _BLOCK):
         stop = min(start + _BLOCK, columns)
-        errors = torch.empty_like(w[start:stop])
-        for j in range(start, stop):
-            q = (w[j] / scales[j]).round_().add_(zeros[j]).clamp_(0, top)
-            codes[j] = q
-            error = torch.sub(w[j], q.sub_(zeros[j]).mul_(scales[j]), out=errors[j - start])
-            error.div_(factor[j, j])
-            if j + 1 < stop:
-                w[j + 1 : stop].addr_(factor[j, j + 1 : stop], error, alpha=-1)
+        own = slice(start, stop)
+        codes[own], errors = round_block(w[own], factor[own, own], scales[own], zeros[own], scheme.levels - 1)
         if stop < columns:
-            w[stop:].addmm_(factor[start:stop, stop:].t(), errors, alpha=-1)
+            w[stop:].addmm_(factor[own, stop:].t(), errors, alpha=-1)
     in_place = torch.empty_like(codes)
     in_place[order] = codes
     return in_place.t().contiguous()
+
+
+def _block_rounder(device: torch.device) -> Callable[..., tuple[Tensor, Tensor]]:
+    """What rounds a block of columns: one Triton program for some rows each, where Triton and a device for it are."""
+    if device.type == "cuda":
+        try:
+            from wq_kernels.sweep import sweep
+        except ImportError:
+            return round_block
+        return sweep
+    return round_block
+
+
+def round_block(weight: Tensor, factor: Tensor, scale: Tensor, zero: Tensor, top: int) -> tuple[Tensor, Tensor]:
+    """Codes, uint8, and errors of a block of columns, all `[columns, rows]`, each column seeing those before it.
+
+    weight is used up. factor: `[columns, columns]`, the block's part of the upper factor of the inverse Hessian.
+    """
+    codes, errors = torch.empty_like(weight, dtype=torch.uint8), torch.empty_like(weight)
+    for j in range(len(weight)):
+        q = (weight[j] / scale[j]).round_().add_(zero[j]).clamp_(0, top)
+        codes[j] = q
+        error = torch.sub(weight[j], q.sub_(zero[j]).mul_(scale[j]), out=errors[j])
+        error.div_(factor[j, j])
+        if j + 1 < len(weight):
+            weight[j + 1 :].addr_(factor[j, j + 1 :], error, alpha=-1)
+    return codes, errors
