@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .target import on
+
 __all__ = ["sweep"]
 
 COLUMNS, ROWS, WARPS = 128, 32, 4  # a tile of errors takes 32 registers of a thread
@@ -64,8 +66,9 @@ def sweep(weight: Tensor, factor: Tensor, scale: Tensor, zero: Tensor, top: int)
     codes = torch.empty(columns, rows, dtype=torch.uint8, device=weight.device)
     errors = torch.empty_like(weight)
     grid = (triton.cdiv(rows, ROWS),)
-    _sweep_kernel[grid](
-        weight, factor, scale, zero, codes, errors, columns, rows, factor.stride(0), float(top),
-        COLUMNS=COLUMNS, ROWS=ROWS, TO_INTEGER=_TO_INTEGER, num_warps=WARPS,
-    )  # fmt: skip
+    with on(weight.device):
+        _sweep_kernel[grid](
+            weight, factor, scale, zero, codes, errors, columns, rows, factor.stride(0), float(top),
+            COLUMNS=COLUMNS, ROWS=ROWS, TO_INTEGER=_TO_INTEGER, num_warps=WARPS,
+        )  # fmt: skip
     return codes, errors
