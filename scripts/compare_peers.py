@@ -27,6 +27,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -323,7 +324,9 @@ def main() -> None:
             work = options.work or Path(stack.enter_context(tempfile.TemporaryDirectory()))
             made = compare(options, work.resolve())
     print(telling.table(made, options.reference))
-    if telling.grouped(made["rows"]):
+    if find_spec("matplotlib") is None:
+        print("no plot: matplotlib is not installed", file=sys.stderr)
+    elif telling.grouped(made["rows"]):
         telling.plot(made, options.plot or [options.output.with_suffix(".svg")])
 
 
