@@ -64,47 +64,47 @@ class Bench:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", help="a dense folder of safetensors")
-    parser.add_argument(
-        "--calibration", type=Path, help="C4-like text, a document a line; a quarter is kept to evaluate"
-    )
+    parser.add_argument("--name", help="what to call it in the report; default: its folder")
+    parser.add_argument("--calibration", type=Path, help="C4-like text, a document a line; a quarter is for evaluation")
     parser.add_argument("--wikitext", type=Path, help="the test split of WikiText-2 as text")
-    parser.add_argument(
-        "--environments", type=Path, default=Path("peers"), help="folder with a virtual environment each"
-    )
+    parser.add_argument("--environments", type=Path, default=Path("peers"), help="where each has a virtual environment")
     parser.add_argument(
         "--python", action="append", default=[], metavar="DRIVER=PYTHON", help="one that lies elsewhere"
     )
-    parser.add_argument("--output", type=Path, required=True, help="the JSON file to write, or to go on with")
-    parser.add_argument("--bits", type=int, nargs="+", default=[4])
+    parser.add_argument("--output", type=Path, help="the JSON file to write, or to go on with")
     parser.add_argument("--group", type=int, default=64)
-    parser.add_argument("--symmetric", action="store_true", help="the default; with --asymmetric, both grids")
-    parser.add_argument("--asymmetric", action="store_true")
     parser.add_argument("--samples", type=int, default=128, help="calibration windows")
     parser.add_argument("--seqlen", type=int, default=512, help="tokens in a calibration window")
-    parser.add_argument("--seeds", default="0", help="calibration seeds, as in 0,1,2")
-    parser.add_argument(
-        "--headline", action="append", help="rows that all seeds are for (*: any); default: all that calibrate"
-    )
     parser.add_argument("--windows", type=int, default=12, help="evaluation windows of each text")
     parser.add_argument("--eval-seqlen", type=int, default=2048, help="tokens in an evaluation window")
-    parser.add_argument("--only", action="append", metavar="ROW", help="these rows (*: any)")
-    parser.add_argument("--skip", action="append", default=[], metavar="ROW", help="not these rows")
-    parser.add_argument("--wq", action="append", default=[], metavar="NAME=OPTIONS", help="one more row of wq")
-    parser.add_argument("--redo", action="append", default=[], metavar="ROW", help="measure these again")
-    parser.add_argument("--retry", action="store_true", help="try again what failed or had no environment")
     parser.add_argument("--timeout", type=float, help="hours that a row may take")
-    parser.add_argument(
-        "--work", type=Path, help="where texts, ids, logs and unfinished checkpoints lie; default: temporary"
-    )
+    parser.add_argument("--work", type=Path, help="for texts, ids, logs, unfinished checkpoints; default: temporary")
     parser.add_argument("--keep", action="store_true", help="leave checkpoints in the folder of --work")
     parser.add_argument("--reference", default="wq gptq", help="the row that others are divided by")
     parser.add_argument("--plot", type=Path, action="append", help=".png or .svg; default: the output's name, .svg")
     parser.add_argument("--tell", action="store_true", help="only the table and the plot of what is in the output")
     parser.add_argument("--list", action="store_true", help="only the names of the rows")
+    choices(parser)
     options = parser.parse_args()
-    if not (options.tell or options.list) and not (options.model and options.calibration and options.wikitext):
+    if not options.list and not options.output:
+        parser.error("--output is needed")
+    if not (options.list or options.tell) and not (options.model and options.calibration and options.wikitext):
         parser.error("MODEL, --calibration and --wikitext are needed")
     return options
+
+
+def choices(parser: argparse.ArgumentParser) -> None:
+    """Which rows, on which grids, how often."""
+    parser.add_argument("--bits", type=int, nargs="+", default=[4])
+    parser.add_argument("--symmetric", action="store_true", help="the default; with --asymmetric, both grids")
+    parser.add_argument("--asymmetric", action="store_true")
+    parser.add_argument("--seeds", default="0", help="calibration seeds, as in 0,1,2")
+    parser.add_argument("--headline", action="append", metavar="ROW", help="all seeds for these; default: any")
+    parser.add_argument("--only", action="append", metavar="ROW", help="these rows (*: anything)")
+    parser.add_argument("--skip", action="append", default=[], metavar="ROW", help="not these rows")
+    parser.add_argument("--wq", action="append", default=[], metavar="NAME=OPTIONS", help="one more row of wq")
+    parser.add_argument("--redo", action="append", default=[], metavar="ROW", help="measure these again")
+    parser.add_argument("--retry", action="store_true", help="try again what failed or had no environment")
 
 
 def prepare(options: argparse.Namespace, work: Path) -> Bench:
