@@ -153,7 +153,7 @@ def opened(bench: Bench) -> Record:
     versions = {"wq": wq.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
     return {
         "date": datetime.date.today().isoformat(),
-        "model": bench.options.name or Path(bench.options.model).name,
+        "model": bench.options.name,
         "machine": f"{torch.get_num_threads()} threads, {platform.machine()} CPU",
         "versions": {**versions, "python": platform.python_version()},
         "settings": wanted,
@@ -289,6 +289,7 @@ def evaluated(bench: Bench, row: Row, bits: int, checkpoint: Path, python: Path,
 def compare(options: argparse.Namespace, work: Path) -> Record:
     """Measure every row that is not in the output yet."""
     work.mkdir(parents=True, exist_ok=True)
+    options.name, options.model = options.name or Path(options.model).name, str(Path(options.model).resolve())
     bench = prepare(options, work)
     made = opened(bench)
     for row, bits, symmetric, seed in wanted(options):
@@ -314,6 +315,7 @@ def brief(result: Record) -> str:
 
 def main() -> None:
     options = arguments()
+    transformers.utils.logging.disable_progress_bar()
     if options.list:
         print("\n".join(row.name for row in rows(options.wq)))
         return

@@ -27,9 +27,9 @@ class Run:
 
 
 def run(command: Sequence[str], log: Path, *, foreign: bool, timeout: float | None = None) -> Run:
-    """Run `command`, with what it prints in `log`. A foreign one must not import what belongs to the caller.
+    """Run `command` in the folder of `log`, where it may leave files, with what it prints in `log`.
 
-    Raises TimeoutError after `timeout` seconds, having ended it.
+    A foreign one must not import what belongs to the caller. Raises TimeoutError after `timeout` seconds, and ends it.
     """
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     if foreign:
@@ -37,7 +37,13 @@ def run(command: Sequence[str], log: Path, *, foreign: bool, timeout: float | No
     before, started, peak = _children_seconds(), time.perf_counter(), 0
     with log.open("a") as told:
         process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=told, stderr=told, env=environment, start_new_session=True
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=told,
+            stderr=told,
+            env=environment,
+            cwd=log.parent,
+            start_new_session=True,
         )
         try:
             while process.poll() is None:

@@ -102,9 +102,9 @@ def interpreter(row: Row, environments: Path, given: Mapping[str, str]) -> Path 
     if row.maker == "wq":
         return Path(sys.executable)
     if row.maker in given:
-        return Path(given[row.maker]).expanduser()
+        return Path(given[row.maker]).expanduser().absolute()  # not resolved: a link is what makes it an environment
     for spelled in (row.maker, row.maker.replace("_", "-"), row.maker.replace("_", "")):
-        python = environments / spelled / "bin" / "python"
+        python = environments.absolute() / spelled / "bin" / "python"
         if python.exists():
             return python
     return None
