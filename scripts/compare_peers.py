@@ -80,7 +80,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--timeout", type=float, help="hours that a row may take")
     parser.add_argument("--work", type=Path, help="for texts, ids, logs, unfinished checkpoints; default: temporary")
     parser.add_argument("--keep", action="store_true", help="leave checkpoints in the folder of --work")
-    parser.add_argument("--reference", default="wq gptq", help="the row that others are divided by")
+    parser.add_argument("--reference", default="wq balanced", help="the row that others are divided by")
     parser.add_argument("--plot", type=Path, action="append", help=".png or .svg; default: the output's name, .svg")
     parser.add_argument("--tell", action="store_true", help="only the table and the plot of what is in the output")
     parser.add_argument("--list", action="store_true", help="only the names of the rows")

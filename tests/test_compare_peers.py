@@ -104,8 +104,8 @@ def row(name: str, bits: int, kl: float, seed: int = 0, **more: Any) -> dict[str
 def report() -> dict[str, Any]:
     failed = {"row": "autoawq", "bits": 4, "symmetric": True, "seed": 0, "unsupported": "zero points only"}
     texts = {"wikitext2": {}, "code": {}, "web": {}}
-    made = [row("wq gptq", 4, 0.12), row("hqq", 4, 0.2), row("auto-round light", 4, 0.06, 0)]
-    made += [row("auto-round light", 4, 0.1, 1), row("wq gptq", 3, 0.5), row("hqq", 3, 2.0), failed]
+    made = [row("wq balanced", 4, 0.12), row("hqq", 4, 0.2), row("auto-round light", 4, 0.06, 0)]
+    made += [row("auto-round light", 4, 0.1, 1), row("wq balanced", 3, 0.5), row("hqq", 3, 2.0), failed]
     return {
         "model": "tiny",
         "settings": {"group": 64, "samples": 4, "seqlen": 256, "texts": texts},
@@ -115,13 +115,13 @@ def report() -> dict[str, Any]:
 
 
 def test_the_table_sorts_by_kl_gives_intervals_and_names_what_is_missing() -> None:
-    lines = part("telling").table(report(), "wq gptq").splitlines()
+    lines = part("telling").table(report(), "wq balanced").splitlines()
     told = [line for line in lines if line.startswith("| ") and "-bit" in line]
     assert [line.split(" | ")[0].strip("| ") for line in told] == [
         "auto-round light",
-        "wq gptq",
+        "wq balanced",
         "hqq",
-        "wq gptq",
+        "wq balanced",
         "hqq",
     ]
     assert "0.0800 (0.0600–0.1000, 2 seeds)" in told[0]
@@ -131,7 +131,7 @@ def test_the_table_sorts_by_kl_gives_intervals_and_names_what_is_missing() -> No
 
 
 def test_comparisons_stay_within_bits_and_grid() -> None:
-    found = part("telling").comparisons(report(), "wq gptq")
+    found = part("telling").comparisons(report(), "wq balanced")
     assert {(c["row"], c["bits"]) for c in found} == {("hqq", 4), ("hqq", 3), ("auto-round light", 4)}
     assert all(c["interval"][0] <= c["kl_ratio"] <= c["interval"][1] for c in found)
 
@@ -141,7 +141,9 @@ def test_the_plot_names_every_line(tmp_path: Path) -> None:
     part("telling").plot(report(), [tmp_path / "plot.svg", tmp_path / "plot.png"])
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
     drawn = (tmp_path / "plot.svg").read_text()
-    assert all(name in drawn for name in ("wq gptq", "hqq", "auto-round light"))  # matplotlib leaves them as comments
+    assert all(
+        name in drawn for name in ("wq balanced", "hqq", "auto-round light")
+    )  # matplotlib leaves them as comments
 
 
 def test_names_are_moved_apart_and_no_further() -> None:
@@ -225,7 +227,7 @@ def compare(folder: Path, model: Path, *more: str) -> subprocess.CompletedProces
 def test_rows_are_measured_once_and_what_fails_is_recorded(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
     (tmp_path / "c4.txt").write_text("\n".join(f"The {i}th sentence of {i + 7}." for i in range(300)))
     (tmp_path / "wiki.txt").write_text("Some other text. " * 50)
-    rows = ["--only", "wq gptq", "--only", "hqq", "--reference", "wq gptq"]
+    rows = ["--only", "wq balanced", "--only", "hqq", "--reference", "wq balanced"]
     first = compare(tmp_path, tiny_model("llama"), *rows)
     assert first.returncode == 0, first.stderr
     made = json.loads((tmp_path / "made.json").read_text())
@@ -239,7 +241,34 @@ def test_rows_are_measured_once_and_what_fails_is_recorded(tiny_model: Callable[
     digest = hashlib.sha256((tmp_path / "made.json").read_bytes()).hexdigest()
     second = compare(tmp_path, tiny_model("llama"), *rows)
     assert second.returncode == 0, second.stderr
-    assert "wq gptq, 4-bit" not in second.stdout.split("| ")[0]
+    assert "wq balanced, 4-bit" not in second.stdout.split("| ")[0]
     assert hashlib.sha256((tmp_path / "made.json").read_bytes()).hexdigest() == digest
     other = compare(tmp_path, tiny_model("llama"), *rows, "--samples", "3")
     assert "made with another samples" in other.stderr
+
+
+# --- the ablation ---
+
+
+def test_the_ablation_tells_what_forgetting_a_step_costs() -> None:
+    import ablate
+
+    full, worse, best = row("wq balanced", 4, 0.1), row("wq without target", 4, 0.12), row("wq best", 4, 0.08)
+    made = {**report(), "rows": [full | {"seconds": 20.0}, worse | {"seconds": 15.0}, best | {"seconds": 50.0}]}
+    lines = ablate.table(made).splitlines()[2:]
+    assert len(lines) == 6  # two steps, three texts
+    assert lines[0] == "| target | 4 sym | wikitext2 | 1.200 | 1.200 to 1.200 | 0.1000 | 5 |"
+    assert lines[3] == "| distillation | 4 sym | wikitext2 | 1.250 | 1.250 to 1.250 | 0.0800 | 30 |"
+
+
+def test_the_ablation_has_a_row_for_every_step() -> None:
+    import ablate
+
+    from wq.pipeline import quantizer
+    from wq.solvers import check_steps
+
+    made = ablate.rows()
+    for step in ablate.STEPS:
+        assert made[f"wq without {step}"] == f"--without {step}"
+    assert made["wq without any"].split()[1::2] == list(ablate.STEPS)
+    assert check_steps("gptq", ablate.STEPS, quantizer.STEPS) == set(ablate.STEPS)

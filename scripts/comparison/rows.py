@@ -18,7 +18,9 @@ PEERS = Path(__file__).resolve().parents[1] / "peers"
 WQ = {
     "wq rtn": "--method rtn",
     "wq awq": "--method awq",
-    "wq gptq": "--method gptq",
+    "wq fast": "--preset fast",
+    "wq balanced": "--preset balanced",
+    "wq best": "--preset best",
 }
 # Name, driver without `_quantize.py`, recipe. AutoAWQ has 4 bits with zero points alone.
 OTHERS = [
