@@ -2,9 +2,9 @@
 
     python scripts/ablate.py MODEL --calibration C4.txt --wikitext WIKITEXT2.txt --output ablation.json
 
-Takes the options of `compare_peers.py`, runs its rows and writes its file, and tells it by step: how much more the model
-forgets without the step (KL without over KL with, and its 95 % interval by a paired bootstrap), and what the step costs
-in time. A step earns its place by an interval above 1 on two families of models.
+Takes the options of `compare_peers.py`, measures rows in its way, writes its file, and tells it by step: how much more
+the model forgets without the step (KL without over KL with, and its 95 % interval by a paired bootstrap), and what the
+step costs in time. A step earns its place by an interval above 1 on two families of models.
 """
 
 from __future__ import annotations
