@@ -185,7 +185,7 @@ def save(made: Record, output: Path, reference: str) -> None:
 
 
 def wanted(options: argparse.Namespace) -> Iterator[tuple[Row, int, bool, int]]:
-    """Rows with their bits, grid and seed, cheap questions first: by bits, then grid, then row."""
+    """Rows with their bits, grid and seed, in the order of bits, grids and rows."""
     chosen = [
         r for r in rows(options.wq) if matches(r.name, options.only or ["*"]) and not matches(r.name, options.skip)
     ]
@@ -223,7 +223,7 @@ def measure(bench: Bench, row: Row, bits: int, symmetric: bool, seed: int) -> Re
         return {**asked, "error": f"no environment for {row.maker}"}
     try:
         made = quantized(bench, row, bench.job(bits, symmetric, seed), checkpoint, python, log)
-        if "scores" not in made and "unsupported" not in made:
+        if "unsupported" not in made:
             made |= evaluated(bench, row, bits, checkpoint, python, log)
     except Exception as error:  # a row that fails must not hide the others
         made = {"error": f"{type(error).__name__}: {error}".splitlines()[0]}

@@ -150,7 +150,8 @@ def test_names_are_moved_apart_and_no_further() -> None:
     spread = part("telling").spread
     assert spread([0.0, 0.5, 1.0], 0.1) == pytest.approx([0.0, 0.5, 1.0])
     assert spread([0.5, 0.5], 0.1) == pytest.approx([0.45, 0.55])
-    moved = spread([0.1, 0.12, 0.13, 0.2], 0.1)
+    moved = spread([0.0, 0.02, 0.03, 0.2], 0.1)
+    assert moved[0] == 0  # not below the plot
     assert all(b - a > 0.1 - 1e-9 for a, b in pairwise(moved))
 
 
@@ -227,7 +228,7 @@ def compare(folder: Path, model: Path, *more: str) -> subprocess.CompletedProces
 def test_rows_are_measured_once_and_what_fails_is_recorded(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
     (tmp_path / "c4.txt").write_text("\n".join(f"The {i}th sentence of {i + 7}." for i in range(300)))
     (tmp_path / "wiki.txt").write_text("Some other text. " * 50)
-    rows = ["--only", "wq balanced", "--only", "hqq", "--reference", "wq balanced"]
+    rows = ["--only", "wq awq", "--only", "hqq", "--reference", "wq awq"]
     first = compare(tmp_path, tiny_model("llama"), *rows)
     assert first.returncode == 0, first.stderr
     made = json.loads((tmp_path / "made.json").read_text())
@@ -241,7 +242,7 @@ def test_rows_are_measured_once_and_what_fails_is_recorded(tiny_model: Callable[
     digest = hashlib.sha256((tmp_path / "made.json").read_bytes()).hexdigest()
     second = compare(tmp_path, tiny_model("llama"), *rows)
     assert second.returncode == 0, second.stderr
-    assert "wq balanced, 4-bit" not in second.stdout.split("| ")[0]
+    assert "wq awq, 4-bit" not in second.stdout.split("| ")[0]
     assert hashlib.sha256((tmp_path / "made.json").read_bytes()).hexdigest() == digest
     other = compare(tmp_path, tiny_model("llama"), *rows, "--samples", "3")
     assert "made with another samples" in other.stderr

@@ -17,6 +17,7 @@ import torch
 
 RESAMPLES = 10_000
 MAIN = "wikitext2"
+TITLES = {"wikitext2": "WikiText-2", "code": "Python source", "web": "web text"}
 Record = dict[str, Any]
 Key = tuple[int, bool, str]  # bits, symmetric, row
 
@@ -147,7 +148,7 @@ def plot(made: Record, files: Iterable[Path], text: str = MAIN) -> None:
     for (_, symmetric, name), rows in grouped(made["rows"]).items():
         lines[name, symmetric].append((rows[0]["bits_per_weight"], mean(rows, text, "kl", "mean")))
     grids = {symmetric for _, symmetric in lines}
-    figure, axes = pyplot.subplots(figsize=(9, 5.6), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(9, 6), layout="constrained")
     ends: list[tuple[float, float, str, str]] = []
     seen: dict[str, int] = defaultdict(int)
     for (name, symmetric), points in sorted(lines.items()):
@@ -169,13 +170,17 @@ def plot(made: Record, files: Iterable[Path], text: str = MAIN) -> None:
 
 def _finish(axes: Any, made: Record, text: str) -> None:
     settings = made["settings"]
+    from matplotlib.ticker import FuncFormatter, LogLocator
+
     axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.minorticks_off()
     axes.set_xlabel("bits per quantized weight, scales and zero points included")
-    axes.set_ylabel(f"mean KL(dense ‖ quantized) on {text}, nats per token")
+    axes.set_ylabel(f"mean KL(dense ‖ quantized) on {TITLES.get(text, text)}, nats per token")
     shape = f"groups of {settings['group']}, {settings['samples']} × {settings['seqlen']} calibration tokens"
     axes.set_title(f"{made['model']}: what quantization costs ({shape})", loc="left", fontsize=10.5)
     axes.grid(which="major", color="#d9d9d9", linewidth=0.7)
-    axes.grid(which="minor", axis="y", color="#eeeeee", linewidth=0.5)
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_axisbelow(True)
 
@@ -184,6 +189,7 @@ def _name_lines(axes: Any, ends: list[tuple[float, float, str, str]]) -> None:
     """Write each line's name right of the plot, moved apart where they would overlap, with a thin line to its end."""
     low, high = axes.transData.transform([(0, y) for y in axes.get_ylim()])[:, 1]
     ends = sorted(ends, key=lambda end: end[1])
+    line = {"arrowstyle": "-", "linewidth": 0.6, "alpha": 0.6, "shrinkA": 1, "shrinkB": 4, "relpos": (0, 0.5)}
     heights = [(axes.transData.transform((0, y))[1] - low) / (high - low) for _, y, _, _ in ends]
     for (x, y, name, color), height in zip(ends, spread(heights, 0.042), strict=True):
         axes.annotate(
@@ -195,25 +201,26 @@ def _name_lines(axes: Any, ends: list[tuple[float, float, str, str]]) -> None:
             fontsize=8.5,
             va="center",
             fontweight="bold" if name.startswith("wq") else "normal",
-            arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.5, "alpha": 0.5, "shrinkA": 1, "shrinkB": 4},
+            arrowprops={**line, "color": color},
             annotation_clip=False,
         )
 
 
 def spread(heights: Sequence[float], gap: float) -> list[float]:
-    """Ascending heights moved as little as needed to be `gap` apart: those that touch share their middle."""
+    """Ascending heights moved as little as needed to be `gap` apart and, if they fit, between 0 and 1.
+
+    Those that touch share their middle.
+    """
     groups: list[list[float]] = []
     for height in heights:
         groups.append([height])
-        while len(groups) > 1 and _bottom(groups[-1], gap) - _top(groups[-2], gap) < gap:
+        while len(groups) > 1 and _bottom(groups[-1], gap) < _bottom(groups[-2], gap) + gap * len(groups[-2]):
             last = groups.pop()
             groups[-1].extend(last)
     return [_bottom(group, gap) + i * gap for group in groups for i in range(len(group))]
 
 
 def _bottom(group: Sequence[float], gap: float) -> float:
-    return statistics.fmean(group) - gap * (len(group) - 1) / 2
-
-
-def _top(group: Sequence[float], gap: float) -> float:
-    return statistics.fmean(group) + gap * (len(group) - 1) / 2
+    """Where the lowest of a group lies whose middle is as close to their own as the edges allow."""
+    length = gap * (len(group) - 1)
+    return max(0.0, min(statistics.fmean(group) - length / 2, 1.0 - length))
