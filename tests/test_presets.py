@@ -35,9 +35,13 @@ def test_fast_leaves_out_what_takes_time(tiny_model: TinyModel, tmp_path: Path) 
 
 def test_best_teaches_the_whole_model(tiny_model: TinyModel, tmp_path: Path) -> None:
     steps: list[tuple[int, int, float]] = []
-    made = run(tiny_model(), tmp_path / "out", preset="best", bits=3, on_step=lambda *step: steps.append(step))
+    made = run(
+        tiny_model(), tmp_path / "out", preset="best", samples=32, bits=3, on_step=lambda *step: steps.append(step)
+    )
     record = made["distillation"]
     assert record["codes"]
+    assert (record["windows"], record["heldout_windows"]) == (7, 1)  # a quarter of all, which the solver did not see
+    assert max(layer["tokens"] for layer in made["layers"]) == 21 * 32  # every eighth of its own is held out
     assert len(steps) == record["steps"] == steps[-1][0] == steps[-1][1]
     if record["kept"]:
         assert record["heldout_kl"]["after"] < record["heldout_kl"]["before"]
@@ -47,7 +51,7 @@ def test_best_without_the_memory_for_it_is_balanced_and_says_so(
     tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(presets, "free_bytes", lambda device: 1000)
-    made = run(tiny_model(), tmp_path / "out", preset="best")
+    made = run(tiny_model(), tmp_path / "out", preset="best", samples=32)
     assert "of memory, and 1 kB is free" in made["distillation"]["reason"]
     assert "not distilled" in (tmp_path / "out" / "README.md").read_text()
 
@@ -67,6 +71,6 @@ def test_what_no_one_knows_is_refused(tiny_model: TinyModel, tmp_path: Path) -> 
         run(tiny_model(), tmp_path / "out", without=["luck"])
     with pytest.raises(UnknownNameError, match="rtn has no step 'order'"):
         run(tiny_model(), tmp_path / "out", method="rtn", without=["order"])
-    with pytest.raises(CalibrationError, match="preset best needs at least 8 windows"):
-        run(tiny_model(), tmp_path / "out", preset="best", samples=4)
+    with pytest.raises(CalibrationError, match="preset best needs at least 32 windows"):
+        run(tiny_model(), tmp_path / "out", preset="best", samples=31)
     assert not (tmp_path / "out").exists()

@@ -23,10 +23,15 @@ from wq.errors import CalibrationError, ModelError, UnknownNameError
 from wq.machine import default_device, free_bytes
 from wq.pipeline import quantizer
 
+LESSONS = 4
+
 
 @dataclass(frozen=True)
 class Preset:
-    """method, samples, seqlen, without: as `wq.quantize` has them. rates: of distillation, by bits, if there is any."""
+    """method, samples, seqlen, without: as `wq.quantize` has them. rates: of distillation, by bits, if there is any.
+
+    What solvers learn from they have fitted to: one window in `LESSONS` is kept from them, to distil on.
+    """
 
     samples: int
     seqlen: int = 512
@@ -38,7 +43,7 @@ class Preset:
 PRESETS = {
     "fast": Preset(16, without=("refine", "sequence", "target")),
     "balanced": Preset(128),
-    "best": Preset(128, rates={2: Rates(codes=5e-3), 3: Rates(codes=5e-3), 4: Rates(), 8: Rates()}),
+    "best": Preset(256, rates={2: Rates(codes=5e-3), 3: Rates(codes=5e-3), 4: Rates(), 8: Rates()}),
 }
 
 
@@ -69,12 +74,16 @@ def quantize(
     same = method is None or method == chosen.method
     samples = chosen.samples if samples is None else samples
     rates = chosen.rates.get(bits) if same else None
-    if rates is not None and samples < HELD_OUT:
-        raise CalibrationError(f"--samples {samples}: preset {preset} needs at least {HELD_OUT} windows.")
+    reserve = 0 if rates is None else samples // LESSONS
+    if rates is not None and reserve < HELD_OUT:
+        raise CalibrationError(f"--samples {samples}: preset {preset} needs at least {LESSONS * HELD_OUT} windows.")
 
     def finish(folder: Path, tokens: Tensor | None) -> dict[str, Any]:
         if rates is None or tokens is None:
             return {"preset": preset}
+        if len(tokens) < HELD_OUT:
+            short = f"the text holds {len(tokens)} windows besides those that were solved on, of {HELD_OUT} it takes"
+            return {"preset": preset, "distillation": {"kept": False, "reason": short}}
         taught = _taught(folder, model, tokens, rates, device or default_device(), on_step)
         return {"preset": preset, "distillation": taught}
 
@@ -86,6 +95,7 @@ def quantize(
         samples=samples,
         seqlen=chosen.seqlen if seqlen is None else seqlen,
         without={*without, *(chosen.without if same else ())},
+        reserve=reserve,
         device=device,
         finish=finish,
         **options,

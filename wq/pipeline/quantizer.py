@@ -48,7 +48,7 @@ _BATCH_TOKENS = 4096  # enough rows for full-speed matrix products, few enough f
 STEPS = ("sequence",)  # the pipeline's own: a layer learns behind those of its block that are quantized before it
 
 BlockCallback = Callable[[dict[str, Any]], None]
-Finish = Callable[[Path, "Tensor | None"], dict[str, Any]]
+Finish = Callable[[Path, Tensor | None], dict[str, Any]]
 
 
 def quantize(
@@ -71,6 +71,7 @@ def quantize(
     overwrite: bool = False,
     trust_remote_code: bool = False,
     without: Iterable[str] = (),
+    reserve: int = 0,
     on_block: BlockCallback | None = None,
     finish: Finish | None = None,
 ) -> dict[str, Any]:
@@ -83,8 +84,9 @@ def quantize(
     read none. keep: regular expressions; layers whose name one of them matches stay dense.
     dtype: of scales and dense tensors; None keeps the model's own (float32 is stored as float16).
     device: where blocks run; None is the first GPU, or the CPU. without: steps of the method, or in `STEPS`, that are
-    left out. on_block: called with a dict after each block. finish: called with the folder when all but the report is
-    in it, and with the calibration tokens; what it returns goes into the report.
+    left out. reserve: how many of the windows the solver does not see. on_block: called with a dict after each block.
+    finish: called with the folder when all but the report is in it, and with the windows in reserve; what it returns
+    goes into the report.
 
     Raises a WqError, before any heavy work, for everything that can be known to fail.
     """
@@ -97,17 +99,18 @@ def quantize(
     keep_memory_tight()
     with open_source(model, revision, trust_remote_code) as source, torch.no_grad():
         plan = make_plan(source, fmt, scheme, group_size is None, keep, dtype)
-        stream = None
+        stream = tokens = left = None
         if solver.NEEDS_STATISTICS:
             _check_can_calibrate(source, plan, seqlen)
             stream = calibration_text.load(calibration, source.tokenizer, samples, seqlen, seed)
+            tokens, left = stream.tokens.tensor_split([samples - reserve])
         job = _Job(source, solver, fmt, plan, torch.device(device or default_device()), seed, omitted)
         with staged(Path(output), overwrite) as stage:
             with ShardWriter(stage, plan.specs) as writer:
-                layers = job.run(writer, None if stream is None else stream.tokens, on_block)
+                layers = job.run(writer, tokens, on_block)
             _write_config(source, stage, plan, fmt)
             source.save_companions(stage)
-            finished = {} if finish is None else finish(stage, None if stream is None else stream.tokens)
+            finished = {} if finish is None else finish(stage, left)
             made = _report(source, plan, method, format, stream, layers, job, started) | finished
             _describe(stage, made)
     return made
