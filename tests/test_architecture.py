@@ -34,7 +34,7 @@ RANKS = {
             ("checkpoint",),
             ("report", "structure", "quantized", "manifest", "loaders"),
             ("pipeline", "hf"),
-            ("evaluate", "hub", "doctor", "tuning", "convert", "verify"),
+            ("evaluate", "tasks", "hub", "doctor", "tuning", "convert", "verify"),
             ("cli",),
             ("__main__",),
         ]

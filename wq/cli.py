@@ -144,11 +144,26 @@ def evaluate(
     text: Annotated[str, typer.Option(help="wikitext (WikiText-2 test), a local text file, or builtin.")] = "wikitext",
     seqlen: Annotated[int, typer.Option(help="Tokens in a window.")] = 2048,
     windows: Annotated[int | None, typer.Option(help="Only the first so many windows.")] = None,
+    tasks: Annotated[
+        str | None, typer.Option(help="Run these tasks of lm_eval instead: arc_easy,hellaswag; patterns, too.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Only the first so many documents of each task.")] = None,
+    fewshot: Annotated[
+        int | None, typer.Option(help="Examples in front of each document. Default: the task's.")
+    ] = None,
+    batch: Annotated[int, typer.Option(help="Requests of a task that are computed at once.")] = 8,
+    include_path: Annotated[
+        Path | None, typer.Option(help="A folder of your own tasks in lm_eval's YAML, which may run Python.")
+    ] = None,
     dtype: Annotated[str, typer.Option(help="What the models run in: auto, float32, float16, bfloat16.")] = "auto",
     device: Device = None,
     as_json: Json = False,
 ) -> None:
-    """Perplexity; with --base also KL and top-1 agreement on the same windows."""
+    """Perplexity; with --base also KL and top-1 agreement on the same windows. With --tasks: benchmark tasks."""
+    if tasks is not None:
+        own = {"limit": limit, "fewshot": fewshot, "batch": batch, "include_path": include_path}
+        _evaluate_tasks(model, tasks, as_json, base=base, dtype=dtype, device=device, **own)
+        return
     from wq.evaluate import evaluate as run
 
     with _progress("window", as_json) as update:
@@ -166,6 +181,30 @@ def evaluate(
         print(json.dumps(result))
     else:
         _out.print(evaluation_table(result))
+
+
+def _evaluate_tasks(model: str, tasks: str, as_json: bool, **options: Any) -> None:
+    from wq.tasks import evaluate as run
+
+    result = run(model, [name.strip() for name in tasks.split(",") if name.strip()], **options)
+    print(json.dumps(result)) if as_json else _out.print(task_table(result))
+
+
+def task_table(result: dict[str, Any]) -> Table:
+    """The figures of `wq.tasks`, side by side with the base's; ± is the standard error."""
+    from wq import report
+
+    part = "" if result["limit"] is None else f", first {result['limit']} documents"
+    table = Table(title=f"lm_eval {result['lm_eval']}{part}, {result['dtype']}", title_justify="left")
+    compared = result["base"] is not None
+    names = ("task", "metric", *([result["base"]] if compared else []), result["model"])
+    for name in (*names, *(["difference, on the same documents"] if compared else [])):
+        table.add_column(Text(name))
+    for row in result["tasks"]:
+        dense = [report.figure(row["base"])] if compared else []
+        change = [report.paired(row)] if compared else []
+        table.add_row(report.task_name(row), row["metric"], *dense, report.figure(row), *change)
+    return table
 
 
 def evaluation_table(result: dict[str, Any]) -> Table:

@@ -85,7 +85,7 @@ def evaluate(
         "seconds": round(time.perf_counter() - started, 1),
         **scores.result(os.fspath(base) if base is not None else None),
     }
-    _record(Path(model), result)
+    report.record(Path(model), "evaluation", result)
     return result
 
 
@@ -186,11 +186,3 @@ class _Scores:
 
 def _exp(value: float) -> float:
     return math.exp(value) if value < 700 else math.inf
-
-
-def _record(folder: Path, result: dict[str, Any]) -> None:
-    """Add the figures to the report and card of a folder that wq made."""
-    known = report.load(folder) if folder.is_dir() else None
-    if known is not None:
-        known["evaluation"] = result
-        report.save(known, folder)
