@@ -4,7 +4,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/environment.sh
 environment "[test]"
-# lm_eval and what importing it needs; what some of its metrics need besides (170 MB) is not tested.
+# lm_eval and what importing it needs; what its metrics need besides, most of 190 MB, is not tested.
 .venv/bin/python -c 'import lm_eval.evaluator' 2>/dev/null ||
   .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt \
     lm_eval sacrebleu colorama lxml portalocker tabulate

@@ -127,21 +127,36 @@ def _experts(layers: list[dict[str, Any]]) -> list[tuple[str, str]]:
 
 
 def _quality(evaluation: dict[str, Any] | None) -> list[str]:
-    """The measured figures, or how to measure them."""
+    """The measured figures of each text, or how to measure them."""
     if evaluation is None:
         return ["Not evaluated yet: `wq eval FOLDER --base BASE` measures it and fills this card in.", ""]
+    texts = texts_of(evaluation)
     lines = ["## Measured", "", "| | dense | quantized |", "|---|---|---|"]
-    base = evaluation.get("base")
-    dense = f"{base['perplexity']:.3f}" if base else "not measured"
-    lines.append(f"| perplexity, {evaluation['text']} | {dense} | {evaluation['perplexity']:.3f} |")
-    if base:
-        kl = evaluation["kl"]
-        values = f"{kl['mean']:.4f} / {kl['median']:.4f} / {kl['p99']:.3f}"
-        lines.append(f"| KL to dense: mean / median / p99 | 0 | {values} |")
-        lines.append(f"| top-1 agreement | 100 % | {evaluation['top1_agreement']:.1%} |")
-    windows = f"{evaluation['windows']} windows of {evaluation['seqlen']} tokens"
-    place = f"{evaluation['dtype']} on {evaluation['device']}"
+    for one in texts:
+        base, text = one.get("base"), one["text"]
+        dense = f"{base['perplexity']:.3f}" if base else "not measured"
+        lines.append(f"| perplexity, {text} | {dense} | {one['perplexity']:.3f} |")
+        if base:
+            kl, place = one["kl"], "" if len(texts) == 1 else f", {text}"
+            values = f"{kl['mean']:.4f} / {kl['median']:.4f} / {kl['p99']:.3f}"
+            lines.append(f"| KL to dense{place}: mean / median / p99 | 0 | {values} |")
+            if kl.get("interval"):
+                lines.append(f"| 95 % interval of the mean KL{place} | | {interval(kl)} |")
+            lines.append(f"| top-1 agreement{place} | 100 % | {one['top1_agreement']:.1%} |")
+    counts = [f"{one['windows']} windows of {one['seqlen']} tokens" for one in texts]
+    windows = counts[0] if len(set(counts)) == 1 else ", ".join(counts)
+    place = f"{texts[0]['dtype']} on {texts[0]['device']}"
     return [*lines, "", f"{windows}, {place}; the packed checkpoint, through the layers that serve it.", ""]
+
+
+def texts_of(evaluation: dict[str, Any]) -> list[dict[str, Any]]:
+    """The results of `wq.evaluate`, one for each text."""
+    return evaluation.get("texts", [evaluation])
+
+
+def interval(kl: dict[str, Any]) -> str:
+    """`0.1180 – 0.1312`, or a dash where there was too little text to tell."""
+    return " – ".join(f"{bound:.4f}" for bound in kl["interval"]) if kl["interval"] else "–"
 
 
 def _tasks(measured: dict[str, Any] | None) -> list[str]:
