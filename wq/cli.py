@@ -424,7 +424,7 @@ def run(
 
 @contextmanager
 def _progress(verb: str, quiet: bool) -> Iterator[Callable[..., None] | None]:
-    """A callback `(done, total, note, verb)`: it moves a bar in a terminal and prints a line elsewhere; None when quiet.
+    """A callback `(done, total, note, verb)`: it moves a bar in a terminal, prints a line elsewhere; None when quiet.
 
     verb: where it is another than most of the time.
     """
