@@ -34,7 +34,7 @@ RANKS = {
             ("checkpoint",),
             ("report", "structure", "quantized", "manifest", "loaders"),
             ("pipeline", "hf"),
-            ("evaluate", "hub", "doctor", "tuning", "convert", "verify", "distill"),
+            ("evaluate", "tasks", "hub", "doctor", "tuning", "convert", "verify", "distill"),
             ("presets",),
             ("cli",),
             ("__main__",),

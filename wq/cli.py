@@ -78,7 +78,11 @@ def quantize(
     symmetric: Annotated[bool, typer.Option("--symmetric/--asymmetric", help="Without or with zero points.")] = True,
     format: Annotated[str, typer.Option(help="compressed-tensors, gptq or awq.")] = "compressed-tensors",
     calibration: Annotated[
-        str, typer.Option(help="c4, wikitext, a dataset id, a .txt/.jsonl/.parquet file, or builtin (no network).")
+        str,
+        typer.Option(
+            help="c4, wikitext, a dataset id, a .txt/.jsonl/.parquet file, or, with no network, builtin, or self: the "
+            "model writes it, and must fit in memory whole for that."
+        ),
     ] = "c4",
     samples: Annotated[int | None, typer.Option(help="Calibration windows. Default: 128; fast 16, best 256.")] = None,
     seqlen: Annotated[int | None, typer.Option(help="Tokens in a calibration window. Default: 512.")] = None,
@@ -128,6 +132,7 @@ def quantize(
             overwrite=overwrite,
             trust_remote_code=trust_remote_code,
             on_block=update and partial(_block, update, started),
+            on_sample=update and (lambda done, total: update(done, total, "", "sampled token")),
             on_step=update and partial(_step, update),
         )
     if as_json:
@@ -154,21 +159,45 @@ def quantize(
 def evaluate(
     model: Annotated[str, typer.Argument(help="A repo id, a local folder or a GGUF file; dense or quantized.")],
     base: Annotated[str | None, typer.Option(help="The dense model, for KL and top-1 agreement with it.")] = None,
-    text: Annotated[str, typer.Option(help="wikitext (WikiText-2 test), a local text file, or builtin.")] = "wikitext",
+    text: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="wikitext (WikiText-2 test), a local text file, or, without a network, builtin (English) or code "
+            "(Python). May be repeated. Default: wikitext."
+        ),
+    ] = None,
     seqlen: Annotated[int, typer.Option(help="Tokens in a window.")] = 2048,
     windows: Annotated[int | None, typer.Option(help="Only the first so many windows.")] = None,
+    tasks: Annotated[
+        str | None, typer.Option(help="Run these tasks of lm_eval instead: arc_easy,hellaswag; patterns, too.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Only the first so many documents of each task.")] = None,
+    fewshot: Annotated[
+        int | None, typer.Option(help="Examples in front of each document. Default: the task's.")
+    ] = None,
+    batch: Annotated[int, typer.Option(help="Requests of a task that are computed at once.")] = 8,
+    include_path: Annotated[
+        Path | None, typer.Option(help="A folder of your own tasks in lm_eval's YAML, which may run Python.")
+    ] = None,
     dtype: Annotated[str, typer.Option(help="What the models run in: auto, float32, float16, bfloat16.")] = "auto",
     device: Device = None,
     as_json: Json = False,
 ) -> None:
-    """Perplexity; with --base also KL and top-1 agreement on the same windows."""
+    """Perplexity; with --base also KL and top-1 agreement on the same windows. With --tasks: benchmark tasks."""
+    if tasks is not None:
+        if text:
+            raise typer.BadParameter("--text and --tasks are two evaluations: give one of them.")
+        own = {"limit": limit, "fewshot": fewshot, "batch": batch, "include_path": include_path}
+        _evaluate_tasks(model, tasks, as_json, base=base, dtype=dtype, device=device, **own)
+        return
+    from wq import report
     from wq.evaluate import evaluate as run
 
     with _progress("window", as_json) as update:
         result = run(
             model,
             base=base,
-            text=text,
+            text=text or "wikitext",
             seqlen=seqlen,
             windows=windows,
             dtype=dtype,
@@ -178,19 +207,48 @@ def evaluate(
     if as_json:
         print(json.dumps(result))
     else:
-        _out.print(evaluation_table(result))
+        for one in report.texts_of(result):
+            _out.print(evaluation_table(one))
+
+
+def _evaluate_tasks(model: str, tasks: str, as_json: bool, **options: Any) -> None:
+    from wq.tasks import evaluate as run
+
+    result = run(model, [name.strip() for name in tasks.split(",") if name.strip()], **options)
+    print(json.dumps(result)) if as_json else _out.print(task_table(result))
+
+
+def task_table(result: dict[str, Any]) -> Table:
+    """The figures of `wq.tasks`, side by side with the base's; ± is the standard error."""
+    from wq import report
+
+    part = "" if result["limit"] is None else f", first {result['limit']} documents"
+    table = Table(title=f"lm_eval {result['lm_eval']}{part}, {result['dtype']}", title_justify="left")
+    compared = result["base"] is not None
+    names = ("task", "metric", *([result["base"]] if compared else []), result["model"])
+    for name in (*names, *(["difference, on the same documents"] if compared else [])):
+        table.add_column(Text(name))
+    for row in result["tasks"]:
+        dense = [report.figure(row["base"])] if compared else []
+        change = [report.paired(row)] if compared else []
+        table.add_row(report.task_name(row), row["metric"], *dense, report.figure(row), *change)
+    return table
 
 
 def evaluation_table(result: dict[str, Any]) -> Table:
-    """The figures of `wq.evaluate`, side by side with the base's."""
+    """The figures of `wq.evaluate` on one text, side by side with the base's."""
+    from wq import report
+
     title = f"{result['text']}, {result['windows']} × {result['seqlen']} tokens, {result['dtype']}"
     table = Table(title=title, title_justify="left")
-    for column in ("model", "perplexity", "KL mean", "median", "p99", "top-1"):
+    for column in ("model", "perplexity", "KL mean", "95 %", "median", "p99", "top-1"):
         table.add_column(column, justify="left" if column == "model" else "right")
     base, kl = result.get("base"), result.get("kl")
     if base:
-        table.add_row(base["model"], f"{base['perplexity']:.3f}", "0", "0", "0", "100 %")
-    compared = [f"{kl[key]:.4f}" for key in ("mean", "median", "p99")] if kl else ["–"] * 3
+        table.add_row(base["model"], f"{base['perplexity']:.3f}", "0", "", "0", "0", "100 %")
+    compared = ["–"] * 4
+    if kl:
+        compared = [f"{kl['mean']:.4f}", report.interval(kl), f"{kl['median']:.4f}", f"{kl['p99']:.4f}"]
     agreement = f"{result['top1_agreement']:.1%}" if kl else "–"
     table.add_row(result["model"], f"{result['perplexity']:.3f}", *compared, agreement)
     return table
@@ -378,24 +436,34 @@ def run(
 
 
 @contextmanager
-def _progress(verb: str, quiet: bool) -> Iterator[Callable[[int, int, str], None] | None]:
-    """A callback `(done, total, note)`: it moves a bar in a terminal and prints a line elsewhere; None when quiet."""
+def _progress(verb: str, quiet: bool) -> Iterator[Callable[..., None] | None]:
+    """A callback `(done, total, note, verb)`: it moves a bar in a terminal, prints a line elsewhere; None when quiet.
+
+    verb: where it is another than most of the time.
+    """
     if quiet:
         yield None
     elif not _err.is_terminal:
-        yield lambda done, total, note: _err.print(
-            f"{verb} {done}/{total}  {note}".rstrip(), markup=False, highlight=False, soft_wrap=True
-        )
+
+        def line(done: int, total: int, note: str, other: str | None = None) -> None:
+            text = f"{other or verb} {done}/{total}  {note}".rstrip()
+            _err.print(text, markup=False, highlight=False, soft_wrap=True)
+
+        yield line
     else:
         note = TextColumn("{task.fields[note]}")
-        columns = TextColumn(verb), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), note
+        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), note
         with Progress(*columns, console=_err, transient=True) as bar:
             task = bar.add_task(verb, total=None, note="")
-            yield lambda done, total, note: bar.update(task, completed=done, total=total, note=note)
+
+            def move(done: int, total: int, note: str, other: str | None = None) -> None:
+                bar.update(task, description=other or verb, completed=done, total=total, note=note)
+
+            yield move
 
 
-def _step(update: Callable[[int, int, str], None], done: int, total: int, kl: float) -> None:
-    update(done, total, f"of distillation, KL {kl:.4f}")
+def _step(update: Callable[[int, int, str, str], None], done: int, total: int, kl: float) -> None:
+    update(done, total, f"KL {kl:.4f}", "distillation step")
 
 
 def _block(update: Callable[[int, int, str], None], started: float, event: dict[str, Any]) -> None:

@@ -37,6 +37,7 @@ from wq.errors import CalibrationError, ModelError
 from wq.machine import default_device, keep_memory_tight, peak_rss_bytes, release_memory
 from wq.pipeline import blocks as decoder
 from wq.pipeline import calibration as calibration_text
+from wq.pipeline import sampling
 from wq.pipeline.plan import Block, Plan, make_plan
 from wq.pipeline.source import Source, open_source
 from wq.pipeline.stages import Stages
@@ -73,6 +74,7 @@ def quantize(
     without: Iterable[str] = (),
     reserve: int = 0,
     on_block: BlockCallback | None = None,
+    on_sample: sampling.SampleCallback | None = None,
     finish: Finish | None = None,
 ) -> dict[str, Any]:
     """Quantize a dense model into a checkpoint folder that transformers and vLLM load, and return its report.
@@ -80,13 +82,14 @@ def quantize(
     model: a repo id, a local folder or a GGUF file. output: the folder to make; it appears only when complete.
     method: a name in `wq.solvers.SOLVERS`. bits: 2, 3, 4 or 8. group_size: None takes the largest of 128, 64 and 32
     that divides every layer; -1 is one scale for each output row. symmetric: no stored zero points.
-    format: a name in `wq.formats.FORMATS`. calibration: see `wq.pipeline.calibration.load`; methods that need none
-    read none. keep: regular expressions; layers whose name one of them matches stay dense.
+    format: a name in `wq.formats.FORMATS`. calibration: see `wq.pipeline.calibration.load`; or `self`, which the model
+    writes, whole in memory for that; methods that need none read none. keep: regular expressions; layers whose name one
+    of them matches stay dense.
     dtype: of scales and dense tensors; None keeps the model's own (float32 is stored as float16).
     device: where blocks run; None is the first GPU, or the CPU. without: steps of the method, or in `STEPS`, that are
     left out. reserve: how many of the windows the solver does not see. on_block: called with a dict after each block.
-    finish: called with the folder when all but the report is in it, and with the windows in reserve; what it returns
-    goes into the report.
+    on_sample: called with the tokens that the model has written, and how many it will. finish: called with the folder
+    when all but the report is in it, and with the windows in reserve; what it returns goes into the report.
 
     Raises a WqError, before any heavy work, for everything that can be known to fail.
     """
@@ -99,12 +102,11 @@ def quantize(
     keep_memory_tight()
     with open_source(model, revision, trust_remote_code) as source, torch.no_grad():
         plan = make_plan(source, fmt, scheme, group_size is None, keep, dtype)
+        job = _Job(source, solver, fmt, plan, torch.device(device or default_device()), seed, omitted)
         stream = tokens = left = None
         if solver.NEEDS_STATISTICS:
-            _check_can_calibrate(source, plan, seqlen)
-            stream = calibration_text.load(calibration, source.tokenizer, samples, seqlen, seed)
+            stream = job.calibration(calibration, samples, seqlen, on_sample)
             tokens, left = stream.tokens.tensor_split([samples - reserve])
-        job = _Job(source, solver, fmt, plan, torch.device(device or default_device()), seed, omitted)
         with staged(Path(output), overwrite) as stage:
             with ShardWriter(stage, plan.specs) as writer:
                 layers = job.run(writer, tokens, on_block)
@@ -153,6 +155,16 @@ class _Job:
     def compute_dtype(self) -> torch.dtype:
         """float32 on the CPU; a GPU runs the model in its own dtype, and sums statistics in float32."""
         return torch.float32 if self.device.type == "cpu" else self.source.dtype
+
+    def calibration(
+        self, source: str | Iterable[str], samples: int, seqlen: int, on_sample: sampling.SampleCallback | None
+    ) -> calibration_text.Calibration:
+        """Windows of tokens, of a text or of the model's own."""
+        _check_can_calibrate(self.source, self.plan, seqlen)
+        if isinstance(source, str) and source == sampling.SELF:
+            where = self.device, self.compute_dtype
+            return sampling.sample(self.source, samples, seqlen, self.seed, *where, on_sample)
+        return calibration_text.load(source, self.source.tokenizer, samples, seqlen, self.seed)
 
     def run(self, writer: ShardWriter, tokens: Tensor | None, on_block: BlockCallback | None) -> list[dict[str, Any]]:
         """Quantize every block and write everything; the records of all layers."""
