@@ -4,9 +4,10 @@
         --environments FOLDER --output benchmarks/results/DATE-comparison.json
 
 Every row calibrates on the same token ids, drawn once by wq for each seed (for wq itself the report's fingerprint must
-be theirs), runs in a process of its own, and is read back by its own package as dense weights. Those go into one
-float32 model, which is compared with the dense one on the same windows of three texts: WikiText-2, the source of
-Python's standard library, and the documents of the calibration file that calibration never sees.
+be theirs, or that of the first of them), runs in a process of its own, and is read back by its own package as dense
+weights. Those go into one float32 model, which is compared with the dense one on the same windows of three texts:
+WikiText-2, the source of Python's standard library, and the documents of the calibration file that calibration never
+sees.
 
 A row is written to the output as soon as it is measured, and not made again by a later run; one that fails is written
 with its error. `scripts/peers/README.md` says how to set up the environments. What other packages print is in the
@@ -34,7 +35,7 @@ from typing import Any
 import torch
 import transformers
 from comparison import telling, texts
-from comparison.processes import last_words, run
+from comparison.processes import last_words, run, short
 from comparison.rows import PEERS, Job, Row, interpreter, matches, rows
 from comparison.scores import BLOCK, Scorer, peer_state, sizes, wq_state
 from transformers import AutoTokenizer
@@ -43,6 +44,10 @@ import wq
 
 ROOT = Path(__file__).resolve().parents[1]
 Record = dict[str, Any]
+
+
+class Failed(Exception):
+    """A row could not be made; the message is all there is to say."""
 
 
 @dataclass(frozen=True)
@@ -225,8 +230,10 @@ def measure(bench: Bench, row: Row, bits: int, symmetric: bool, seed: int) -> Re
         made = quantized(bench, row, bench.job(bits, symmetric, seed), checkpoint, python, log)
         if "unsupported" not in made:
             made |= evaluated(bench, row, bits, checkpoint, python, log)
+    except Failed as error:
+        made = {"error": str(error)}
     except Exception as error:  # a row that fails must not hide the others
-        made = {"error": f"{type(error).__name__}: {error}".splitlines()[0]}
+        made = {"error": short(f"{type(error).__name__}: {error}")}
     if not bench.options.keep or "scores" not in made:
         for file in (checkpoint, checkpoint.with_suffix(".safetensors")):
             shutil.rmtree(file, ignore_errors=True) if file.is_dir() else file.unlink(missing_ok=True)
@@ -248,7 +255,7 @@ def quantized(bench: Bench, row: Row, job: Job, checkpoint: Path, python: Path, 
         words = last_words(log)
         if words.startswith("unsupported: "):
             return {"unsupported": words.removeprefix("unsupported: ")}
-        raise RuntimeError(words)
+        raise Failed(words)
     made: Record = {
         "seconds": round(done.seconds, 1),
         "cpu_seconds": round(done.cpu_seconds, 1),
@@ -256,12 +263,19 @@ def quantized(bench: Bench, row: Row, job: Job, checkpoint: Path, python: Path, 
         "versions": versions(row, checkpoint),
     }
     if row.maker == "wq":
-        report = json.loads((checkpoint / "wq_report.json").read_text())
-        if report["calibration"] is not None and report["calibration"]["sha256"] != bench.ids[job.seed]:
-            raise RuntimeError("wq calibrated on other tokens than the peers were given")
-        made["fallbacks"] = len(report["fallbacks"])
+        made |= same_tokens(json.loads((checkpoint / "wq_report.json").read_text()), job)
     note.write_text(json.dumps({"asked": asked, "made": made}))
     return made
+
+
+def same_tokens(report: Record, job: Job) -> Record:
+    """What wq says of its run, which must have calibrated on the windows of the peers, or on the first of them."""
+    said, count = report["calibration"], 0
+    if said is not None:
+        count = said["samples"]
+        if said["sha256"] != texts.digest(torch.load(job.ids)[:count]):
+            raise Failed("wq calibrated on other tokens than the peers were given")
+    return {"calibration_windows": count, "fallbacks": len(report["fallbacks"])}
 
 
 def versions(row: Row, checkpoint: Path) -> Record:
@@ -280,7 +294,7 @@ def evaluated(bench: Bench, row: Row, bits: int, checkpoint: Path, python: Path,
         dense = checkpoint.with_suffix(".safetensors")
         driver = str(PEERS / f"{row.maker}_quantize.py")
         if run([str(python), driver, "--dequantize", str(checkpoint), str(dense)], log, foreign=True).code:
-            raise RuntimeError(f"while dequantizing: {last_words(log)}")
+            raise Failed(f"while dequantizing: {last_words(log)}")
         state = peer_state(checkpoint, dense)
     bench.scorer.put(state)
     return {**sizes(checkpoint, bench.scorer.model, bits), "scores": bench.scorer.score()}
@@ -333,4 +347,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

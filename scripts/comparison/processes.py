@@ -98,5 +98,9 @@ def last_words(log: Path) -> str:
         if line.startswith("unsupported: "):
             return line
     named = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Exit)\b", line)]
-    line = (named or lines or ["no output"])[-1]
-    return re.sub(r"(?:~|/[\w.+-]+)(?:/[\w.+-]+)*/", "", line)[:300]
+    return short((named or lines or ["no output"])[-1])
+
+
+def short(message: str) -> str:
+    """The first line of a message, without folders of this machine."""
+    return re.sub(r"(?:~|/[\w.+-]+)(?:/[\w.+-]+)*/", "", message.strip().splitlines()[0])[:300]

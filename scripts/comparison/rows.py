@@ -18,7 +18,7 @@ PEERS = Path(__file__).resolve().parents[1] / "peers"
 WQ = {
     "wq rtn": "--method rtn",
     "wq awq": "--method awq",
-    "wq fast": "--preset fast",
+    "wq fast": "--preset fast --samples 16",
     "wq balanced": "--preset balanced",
     "wq best": "--preset best",
 }
