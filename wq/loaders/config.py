@@ -59,7 +59,7 @@ def _rule(said: Mapping[str, Any], name: str) -> Mapping[str, Any] | None:
 
 
 def _group_width(said: Mapping[str, Any], name: str, parts: tuple[str, ...], class_first: bool) -> Any:
-    widths = {}
+    widths: dict[str, Any] = {}
     for group in groups(said).values():
         weights = group.get("weights")
         if isinstance(weights, Mapping):

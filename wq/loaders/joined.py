@@ -50,7 +50,7 @@ def targets(schemes: Mapping[str, Scheme], paths: Mapping[str, str] | None = Non
 
 
 def _experts(schemes: Mapping[str, Scheme]) -> Iterator[Targets]:
-    """By a pattern from the list of blocks on: loaders call what is in front of it by other names, and map no pattern."""
+    """By a pattern from the list of blocks on: what is in front of it loaders call by other names."""
     modules: dict[str, Scheme] = {}
     for name, scheme in schemes.items():
         if match := EXPERT.match(name):

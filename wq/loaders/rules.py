@@ -230,7 +230,7 @@ def _experts(verdict: Verdict, who: str) -> Iterator[tuple[str, list[str]]]:
         elif packed:
             by_part = checkpoint.method == "compressed-tensors"  # of one expert
             names = {name.rpartition(".")[2]: name for name in packed[::-1]}.values() if by_part else [module]
-            if all([_finds(verdict, who, name, (name,), next(iter(grids))[0]) for name in names]):
+            if all(_finds(verdict, who, name, (name,), next(iter(grids))[0]) for name in names):
                 yield module, packed
         elif checkpoint.method != "compressed-tensors" and not excluded(said, module):
             verdict.refuse(module, untold, f"no entry for {module}", "Use --format compressed-tensors.")
