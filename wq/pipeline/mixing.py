@@ -83,7 +83,8 @@ def _read_size(size: int | str) -> tuple[int, str]:
 
 @dataclass(frozen=True)
 class Room:
-    """What a goal leaves. plans: one for each width, all layers at it. packed: bytes for all packed tensors."""
+    """What a goal leaves. plans: one for each width, all layers at it. packed: bytes for all packed tensors, if headers
+    are as short as they can be."""
 
     goal: Goal
     plans: dict[int, Plan]
@@ -101,21 +102,26 @@ def room(source: Source, fmt: ModuleType, plan: Plan, goal: Goal) -> Room:
     for width in goal.widths:
         _check(fmt, plan, width)
     plans = {width: mix(source, fmt, plan, dict.fromkeys(plan.schemes, width)) for width in goal.widths}
-    least, most = (sum(plans[goal.widths[end]].bytes.values()) for end in (0, -1))
-    whole = plans[goal.widths[0]].specs.values()
-    rest = sum(spec.bytes for spec in whole) - least + max(header_bytes(one.specs) for one in plans.values())
+    least, most = plans[goal.widths[0]], plans[goal.widths[-1]]
     if goal.bpw is not None:
-        spent, per = math.floor(goal.bpw * plan.quantized / 8), plan.quantized / 8
-        asked, unit = f"--target-bpw {goal.bpw:g}", "bits a weight"
-        rest = 0
+        asked, unit, per = f"--target-bpw {goal.bpw:g}", "bits a weight", plan.quantized / 8
+        spent, around = math.floor(goal.bpw * per), [0, 0]
     else:
-        spent, per = (goal.size or 0) - rest, float(_BYTES[goal.unit])
-        asked, unit = f"--target-size {(goal.size or 0) / per:g} {goal.unit}".rstrip(), goal.unit or "bytes"
-    if not least <= spent <= most:
-        low, high = _digits((least + rest) / per, math.ceil), _digits((most + rest) / per, math.floor)
+        unit, per, size = goal.unit or "bytes", float(_BYTES[goal.unit]), goal.size or 0
+        asked, around = f"--target-size {size / per:g} {goal.unit}".rstrip(), [_around(least), _around(most)]
+        spent = size - around[0]
+    limits = [sum(one.bytes.values()) + rest for one, rest in zip((least, most), around, strict=True)]
+    if not limits[0] <= spent + around[0] <= limits[1]:
+        low, high = _digits(limits[0] / per, math.ceil), _digits(limits[1] / per, math.floor)
         widths = ", ".join(map(str, goal.widths))
         raise BudgetError(f"{asked}: {source.name} takes {low} to {high} {unit} with a choice of {widths} bits.")
     return Room(goal, plans, spent)
+
+
+def _around(plan: Plan) -> int:
+    """Bytes of all that is not packed: dense tensors and headers."""
+    tensors = sum(spec.bytes for spec in plan.specs.values())
+    return tensors - sum(plan.bytes.values()) + header_bytes(plan.specs)
 
 
 def _check(fmt: ModuleType, plan: Plan, bits: int) -> None:
@@ -164,17 +170,16 @@ def choose(
         ]
         for unit in measured.units
     ]
-    limit, over = room.packed, 0
+    limit, least, over = room.packed, sum(min(size for size, _ in one) for one in options), 0
     while True:
         picked = [room.goal.widths[choice] for choice in allocate(options, limit)]
         bits = {path: width for unit, width in zip(measured.units, picked, strict=True) for path in unit.paths}
         mixed = mix(source, fmt, plan, bits)
-        if room.goal.size is not None:  # a header may be longer than that of any width alone
-            total = sum(spec.bytes for spec in mixed.specs.values()) + header_bytes(mixed.specs)
-            over = total - room.goal.size
+        if room.goal.size is not None:
+            over = sum(mixed.bytes.values()) + _around(mixed) - room.goal.size
         if over <= 0:
             return mixed, _record(room.goal, mixed, measured, picked, time.perf_counter() - started)
-        limit -= over
+        limit = max(least, limit - over)  # its header is longer
 
 
 def _owners(plan: Plan) -> dict[str, list[str]]:

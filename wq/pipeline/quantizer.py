@@ -82,7 +82,7 @@ def quantize(
     points. format: a name in `wq.formats.FORMATS`. calibration: see `wq.pipeline.calibration.load`; methods that need
     none read none. keep: regular expressions; layers whose name one of them matches stay dense.
     dtype: of scales and dense tensors; None keeps the model's own (float32 is stored as float16). device: where blocks
-    run; None is the first GPU, or the CPU. target_bpw, target_size, mix: instead of bits, see `wq.pipeline.mixing.parse`.
+    run; None is the first GPU, or the CPU. target_bpw, target_size, mix: instead of bits; `wq.pipeline.mixing.parse`.
     on_block: called with a dict after each block; on_step: with what is done and to do while widths are chosen.
 
     Raises a WqError, before any heavy work, for everything that can be known to fail.
