@@ -53,7 +53,7 @@ from wq import quantize, quantized
 from wq.checkpoint import read_headers, read_tensor
 from wq.hf.conversion import dense, read
 from wq.loaders import kernels
-from wq.loaders.rules import FUSED
+from wq.loaders.joined import FUSED
 from wq.verify import verify
 
 TESTS = Path(__file__).resolve().parents[1] / "tests"

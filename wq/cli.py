@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -71,7 +70,16 @@ def quantize(
         str, typer.Option(help="fast, balanced or best: how much text and which steps. What else is given counts more.")
     ] = "balanced",
     method: Annotated[str | None, typer.Option(help="gptq, awq or rtn (which needs no data). Default: gptq.")] = None,
-    bits: Annotated[int, typer.Option(help="2, 3, 4 or 8.")] = 4,
+    bits: Annotated[int | None, typer.Option(help="2, 3, 4 or 8. Default: 4.")] = None,
+    target_bpw: Annotated[
+        float | None, typer.Option(help="Instead of --bits: mix widths so that a weight takes so many bits, 3.5 say.")
+    ] = None,
+    target_size: Annotated[
+        str | None, typer.Option(help="Instead of --bits: mix widths so that all tensors take so much: 4.5GB.")
+    ] = None,
+    mix: Annotated[
+        str | None, typer.Option(help="The widths to mix. Default: 2,3,4,8; SGLang reads 4,8 alone.")
+    ] = None,
     group: Annotated[
         int | None, typer.Option("--group", help="Columns that share a scale; -1: a row. Default: 128, or what fits.")
     ] = None,
@@ -109,7 +117,6 @@ def quantize(
     from wq import report
     from wq.presets import quantize as run
 
-    started = time.perf_counter()
     with _progress("block", as_json) as update:
         made = run(
             model,
@@ -131,7 +138,11 @@ def quantize(
             revision=revision,
             overwrite=overwrite,
             trust_remote_code=trust_remote_code,
-            on_block=update and partial(_block, update, started),
+            target_bpw=target_bpw,
+            target_size=target_size,
+            mix=None if mix is None else _widths(mix),
+            on_mix=update and (lambda done, total: update(done, total, "", "choosing widths")),
+            on_block=update and partial(_block, update),
             on_sample=update and (lambda done, total: update(done, total, "", "sampled token")),
             on_step=update and partial(_step, update),
         )
@@ -147,12 +158,22 @@ def quantize(
     if "reason" in made.get("distillation", {}):
         _err.print(f"! not distilled: {made['distillation']['reason']}", style="yellow", markup=False)
     _out.print(f"{output}: {report.share(made)}", markup=False, highlight=False, soft_wrap=True)
+    for line in report.mixture(made["mixed"]) if "mixed" in made else ():
+        _out.print(line, markup=False, highlight=False, soft_wrap=True)
     _out.print(
         f"{report.size(made['source_bytes'])} → {report.size(made['checkpoint_bytes'])} in {made['seconds']:.0f} s, "
         f"peak memory {report.size(made['peak_rss_bytes'])}",
         highlight=False,
     )
     _out.print(f"next: wq eval {output} --base {model}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _widths(text: str) -> list[int]:
+    """`4,8`"""
+    try:
+        return [int(width) for width in text.split(",")]
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is no list of widths. Use --mix 4,8.") from None
 
 
 @app.command("eval")
@@ -466,11 +487,10 @@ def _step(update: Callable[[int, int, str, str], None], done: int, total: int, k
     update(done, total, f"KL {kl:.4f}", "distillation step")
 
 
-def _block(update: Callable[[int, int, str], None], started: float, event: dict[str, Any]) -> None:
-    """Errors of a block's layers, and the time its blocks take."""
+def _block(update: Callable[[int, int, str], None], event: dict[str, Any]) -> None:
+    """Errors of a block's layers, the time it took, and what is left if all others take as long."""
     errors = [f"{r['layer'].rpartition('.')[2]} {r['error']:.1e}" for r in event["layers"] if "error" in r]
-    spent = time.perf_counter() - started
-    left = spent / event["block"] * (event["blocks"] - event["block"])
+    left = event["seconds"] * (event["blocks"] - event["block"])
     note = f"{'  '.join(errors)}  {event['seconds']:.1f} s  ETA {left:.0f} s".lstrip()
     update(event["block"], event["blocks"], note)
 

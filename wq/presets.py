@@ -53,7 +53,7 @@ def quantize(
     *,
     preset: str = "balanced",
     method: str | None = None,
-    bits: int = 4,
+    bits: int | None = None,
     samples: int | None = None,
     seqlen: int | None = None,
     without: Iterable[str] = (),
@@ -73,7 +73,7 @@ def quantize(
     chosen = PRESETS[preset]
     same = method is None or method == chosen.method
     samples = chosen.samples if samples is None else samples
-    rates = chosen.rates.get(bits) if same else None
+    rates = chosen.rates.get(4 if bits is None else bits) if same else None
     reserve = 0 if rates is None else samples // LESSONS
     if rates is not None and reserve < HELD_OUT:
         raise CalibrationError(f"--samples {samples}: preset {preset} needs at least {LESSONS * HELD_OUT} windows.")

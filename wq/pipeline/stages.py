@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -31,17 +32,17 @@ _UNROUTED = "no calibration token was routed there"
 class Stages:
     """The stages of one block.
 
-    forward: runs the block on a batch of calibration; None for a solver that needs none. windows: how
-    many each batch has. dense: the dense block, and
-    its run on the dense model's hidden states, for a solver that asks for pairs. without: steps that are left out.
-    changed: dense parameters that folding altered, by path. known: statistics that were collected ahead. dense_outputs:
-    the dense block's outputs, if it ran to the end.
+    forward: runs the block on a batch of calibration; None for a solver that needs none. windows: how many each batch
+    has. dense: the dense block, and its run on the dense model's hidden states, for a solver that asks for pairs.
+    schemes: of layers and parameters of experts, by path; layers that read one input have the same one, and so have all
+    experts. without: steps that are left out. changed: dense parameters that folding altered, by path. known:
+    statistics that were collected ahead. dense_outputs: the dense block's outputs, if it ran to the end.
     """
 
     source: Source
     solver: ModuleType
     fmt: ModuleType
-    scheme: Scheme
+    schemes: Mapping[str, Scheme]
     writer: ShardWriter
     block: Block
     forward: Callable[[int], Tensor] | None
@@ -91,7 +92,7 @@ class Stages:
     def _without_data(self, name: str, reader: nn.Module) -> list[dict[str, Any]]:
         if not is_linear(reader):
             return self._experts(name, reader, None)
-        solution, restored = self._solution(matrix(reader).float(), None)
+        solution, restored = self._solution(matrix(reader).float(), None, self._scheme(name))
         if self.solver.NEEDS_STATISTICS:
             solution.stats["fallback"] = _UNREACHED
         return [self._store(name, reader, solution, restored, 0)]
@@ -108,7 +109,7 @@ class Stages:
                 continue
             members = [linears[name] for name in group]
             weight = torch.cat([matrix(member) for member in members])
-            scales = self.solver.input_scales(weight, known, self.scheme)
+            scales = self.solver.input_scales(weight, known, self._scheme(group[0]))
             if folding.apply(fold, members, scales, lambda: self._forward(0)):
                 path = f"{self.block.path}.{fold.name}"
                 self.changed |= {f"{path}.{name}" for name, _ in fold.producer.named_parameters(recurse=False)}
@@ -124,7 +125,7 @@ class Stages:
         first = next(iter(members.values()))
         statistics = self._statistics(next(iter(members)), first)
         weight = torch.cat([matrix(linear).float() for linear in members.values()])
-        solution, restored = self._solution(weight, statistics)
+        solution, restored = self._solution(weight, statistics, self._scheme(next(iter(members))))
         records, start = [], 0
         for name, linear in members.items():
             rows = slice(start, start + len(matrix(linear)))
@@ -152,21 +153,27 @@ class Stages:
         source = self.traced.residuals.get(name)
         return Tap(block.get_submodule(name), None if source is None else block.get_submodule(source), run)
 
-    def _solution(self, weight: Tensor, statistics: Statistics | None) -> tuple[Solution, Tensor]:
+    def _scheme(self, name: str) -> Scheme:
+        """Of a layer of this block."""
+        return self.schemes[self.block.layers[name].path]
+
+    def _solution(self, weight: Tensor, statistics: Statistics | None, scheme: Scheme) -> tuple[Solution, Tensor]:
         """Of a weight `[out, in]`, and the weight that it stands for; rounded to nearest where data is wanting."""
         solver = rtn if statistics is None and self.solver.NEEDS_STATISTICS else self.solver
         steps = {"without": self.without} if hasattr(solver, "STEPS") else {}
-        solution = solver.solve(weight, statistics, self.scheme, generator=self.generator, **steps)
+        solution = solver.solve(weight, statistics, scheme, generator=self.generator, **steps)
         return solution, grid.dequantize(solution.codes, solution.scale, solution.zero)
 
     def _store(self, name: str, linear: nn.Module, solution: Solution, restored: Tensor, tokens: int) -> dict[str, Any]:
         layer = self.block.layers[name]
         matrix(linear).copy_(restored)
-        self._write(layer.stored, solution)
-        return {"layer": layer.path, "shape": list(layer.shape), "tokens": tokens, **solution.stats}
+        scheme = self.schemes[layer.path]
+        self._write(layer.stored, solution, scheme)
+        known = {"layer": layer.path, "shape": list(layer.shape), "bits": scheme.bits, "tokens": tokens}
+        return known | solution.stats
 
-    def _write(self, stored: str, solution: Solution) -> None:
-        for leaf, tensor in self.fmt.pack(solution, self.scheme).items():
+    def _write(self, stored: str, solution: Solution, scheme: Scheme) -> None:
+        for leaf, tensor in self.fmt.pack(solution, scheme).items():
             self.writer.write(f"{stored}.{leaf}", tensor)
 
     # --- experts ---
@@ -176,19 +183,21 @@ class Stages:
         prefix = f"{name}." if name else ""
         plans = {key.removeprefix(prefix): plan for key, plan in self.block.experts.items() if key.startswith(prefix)}
         solved: dict[str, list[mixture.Solved]] = {parameter: [] for parameter in plans}
-        for one in mixture.quantize(module, set(plans), routed, self._solution):
+        scheme = self.schemes[next(iter(plans.values())).path]
+        for one in mixture.quantize(module, set(plans), routed, partial(self._solution, scheme=scheme)):
             plan = plans[one.parameter]
             for piece, row in enumerate(plan.pieces):
                 size = row[one.expert].shape[0]
-                self._write(row[one.expert].stored, _rows(one.solution, slice(piece * size, (piece + 1) * size)))
+                rows = slice(piece * size, (piece + 1) * size)
+                self._write(row[one.expert].stored, _rows(one.solution, rows), scheme)
             solved[one.parameter].append(one if plan.whole else one._replace(solution=_only_stats(one.solution)))
         for parameter, plan in plans.items():
             if plan.whole:
-                self._write_whole(plan.path, [one.solution for one in solved[parameter]])
+                self._write_whole(plan.path, [one.solution for one in solved[parameter]], scheme)
         return [self._record(plan, solved[parameter]) for parameter, plan in plans.items()]
 
-    def _write_whole(self, path: str, solutions: list[Solution]) -> None:
-        packed = [self.fmt.pack(solution, self.scheme) for solution in solutions]
+    def _write_whole(self, path: str, solutions: list[Solution], scheme: Scheme) -> None:
+        packed = [self.fmt.pack(solution, scheme) for solution in solutions]
         for leaf in packed[0]:
             if leaf != "weight_shape":
                 stack = torch.stack([tensors[leaf] for tensors in packed])
@@ -196,7 +205,8 @@ class Stages:
 
     def _record(self, plan: Experts, solved: list[mixture.Solved]) -> dict[str, Any]:
         tokens = [one.tokens for one in solved]
-        record = {"layer": plan.path, "shape": [plan.size.experts, *plan.size.matrix], "tokens": tokens}
+        bits = self.schemes[plan.path].bits
+        record = {"layer": plan.path, "shape": [plan.size.experts, *plan.size.matrix], "bits": bits, "tokens": tokens}
         errors = [one.solution.stats.get("error") for one in solved]
         known = [(error, count) for error, count in zip(errors, tokens, strict=True) if error is not None]
         if known:
