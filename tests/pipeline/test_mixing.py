@@ -73,10 +73,10 @@ ROUND_TRIPS = [
     ("llama", {"symmetric": False}),
     ("llama", {"format": "gptq"}),
     ("llama", {"format": "gptq", "symmetric": False, "target_bpw": 5.5}),
-    ("llama", {"method": "gptq", "mix": (4, 8)}),
+    ("llama", {"method": "gptq", "mix": (4, 8), "target_bpw": 6.3}),
     ("llama", {"method": "awq"}),
     ("gpt2", {}),
-    ("phi", {}),
+    ("phi", {"target_bpw": 5.5}),
     ("mamba", {}),
     ("mixtral", {}),
     ("mixtral", {"format": "gptq", "target_bpw": 5.3}),
@@ -92,7 +92,7 @@ def test_a_mixture_loads_is_saved_and_passes_verify(
 ) -> None:
     folder, made = mixture(architecture, **options)
     widths = stored_widths(folder)
-    assert len(set(widths.values())) > 1
+    assert len({record["bits"] for record in made["layers"]}) > 1
     for record in made["layers"]:
         pieces = [bits for name, bits in widths.items() if name == record["layer"]]
         assert set(pieces) <= {record["bits"]}
@@ -291,7 +291,7 @@ def test_the_damage_of_a_unit_is_the_kl_of_the_model_with_it_alone_quantized(
     from wq.scheme import Scheme
     from wq.solvers import rtn
 
-    _, made = mixture("gemma2", group_size=32)
+    _, made = mixture("gemma2")
     tokens = calibration.load(TEXTS, tokenizer(), 16, 48).tokens[-4:]
     model: Any = AutoModelForCausalLM.from_pretrained(tiny_model("gemma2"), dtype=torch.float32)
     with torch.no_grad():
