@@ -98,7 +98,8 @@ TINY: list[tuple[str, str, dict[str, Any]]] = [
     *(
         (f"{format}, {mix} bits mixed, {a}", a, {"format": format, "mix": mix, "target_bpw": bpw, **TEXT})
         for format, more in (("compressed-tensors", 0), ("gptq", 0.6))
-        for mix, bpw in (((4, 8), 6.3 + more), ((2, 3, 4, 8), 4.7 + more)) for a in ("llama", "phi", "qwen3_moe", "mixtral")
+        for mix, bpw in (((4, 8), 6.3 + more), ((2, 3, 4, 8), 4.7 + more))
+        for a in ("llama", "phi", "qwen3_moe", "mixtral")
     ),
 ]  # fmt: skip
 

@@ -15,8 +15,8 @@ from wq.loaders import Checkpoint, judge
 from wq.loaders.config import excluded, width
 from wq.loaders.joined import targets
 from wq.scheme import Scheme, Targets
-from wq.verify.found import Found
 from wq.verify.files import harmless
+from wq.verify.found import Found
 
 B0, B1 = "model.layers.0.", "model.layers.10."
 E1 = f"{B1}block_sparse_moe.experts"
