@@ -4,9 +4,10 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/environment.sh
 environment "[test]"
-# Its backend for transformers is tested; what its tasks need besides (190 MB) is not.
-.venv/bin/python -c 'import lm_eval' 2>/dev/null ||
-  .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt lm_eval
+# lm_eval and what importing it needs; what its metrics need besides, most of 190 MB, is not tested.
+.venv/bin/python -c 'import lm_eval.evaluator' 2>/dev/null ||
+  .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt \
+    lm_eval sacrebleu colorama lxml portalocker tabulate
 .venv/bin/python -m ruff check .
 .venv/bin/python -m ruff format --check --quiet .
 .venv/bin/python -m mypy

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny_models
@@ -13,8 +14,10 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from wq import hf, report
 from wq.errors import CalibrationError, ModelError
-from wq.evaluate import evaluate, read_tokens
+from wq.evaluate import _interval, evaluate, read_tokens
+from wq.hf import load
 from wq.pipeline.quantizer import quantize
 
 TinyModel = Callable[..., Path]
@@ -51,10 +54,52 @@ def test_perplexity_and_kl_are_what_the_definition_says(tmp_path: Path, text: Pa
     assert result["top1_agreement"] == pytest.approx(float((ours.argmax(-1) == theirs.argmax(-1)).double().mean()))
 
 
+def test_the_interval_is_that_of_means_over_blocks() -> None:
+    """Of independent blocks it is the textbook's; of tokens that go up and down together, wider than theirs."""
+    generator = torch.Generator().manual_seed(1)
+    each = torch.rand(400, generator=generator, dtype=torch.float64)
+    low, high = _interval(list(each.repeat_interleave(128).split(128)))  # type: ignore[misc]
+    expected = 1.96 * float(each.std()) / math.sqrt(400)
+    assert low == pytest.approx(float(each.mean()) - expected, abs=0.2 * expected)
+    assert high == pytest.approx(float(each.mean()) + expected, abs=0.2 * expected)
+    assert _interval(list(each.repeat_interleave(128).split(128))) == [low, high]  # the same draws each time
+
+
+def test_several_texts_are_read_by_one_loading(
+    tiny_model: TinyModel, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    quantize(tiny_model(), out, method="rtn", group_size=32)
+    single = [evaluate(out, base=tiny_model(), text=one, seqlen=300, windows=4) for one in (str(text), "code")]
+    loaded: list[Any] = []
+    monkeypatch.setattr(hf, "load", lambda model, **options: loaded.append(model) or load(model, **options))
+    seen: list[tuple[int, int]] = []
+    options: dict[str, Any] = {"seqlen": 300, "windows": 4, "on_window": lambda *e: seen.append(e)}
+    result = evaluate(out, base=tiny_model(), text=[str(text), "code"], **options)
+    assert loaded == [out, tiny_model()]
+    assert seen == [(i, 8) for i in range(1, 9)]
+    assert [{**one, "seconds": 0} for one in result["texts"]] == [{**one, "seconds": 0} for one in single]
+    assert [one["text"] for one in result["texts"]] == ["text.txt", "code"]
+    assert all(low < one["kl"]["mean"] < high for one in single for low, high in [one["kl"]["interval"]])
+    assert json.loads((out / "wq_report.json").read_text())["evaluation"] == result
+    card = (out / "README.md").read_text()
+    for one in single:
+        assert f"| perplexity, {one['text']} | {one['base']['perplexity']:.3f} | {one['perplexity']:.3f} |" in card
+        assert f"| 95 % interval of the mean KL, {one['text']} | | {report.interval(one['kl'])} |" in card
+
+
+def test_code_is_python_of_many_authors() -> None:
+    tokenizer = tiny_models.tokenizer()
+    source = tokenizer.decode(read_tokens("code", tokenizer, 4096).flatten())
+    assert len(source) > 200_000
+    assert source.count("\ndef ") + source.count("\nclass ") > 150
+    assert "ArgumentParser" in source[:20_000]
+
+
 def test_a_model_agrees_with_itself(tiny_model: TinyModel, text: Path) -> None:
     result = evaluate(tiny_model(), base=tiny_model(), text=str(text), seqlen=128, windows=2, dtype="float32")
     assert result["windows"] == 2
-    assert result["kl"] == {"mean": 0.0, "median": 0.0, "p99": 0.0}
+    assert result["kl"] == {"mean": 0.0, "median": 0.0, "p99": 0.0, "interval": None}  # two blocks tell nothing
     assert result["top1_agreement"] == 1.0
     assert result["perplexity"] == result["base"]["perplexity"]
 
@@ -108,6 +153,7 @@ def test_an_encoder_decoder_model_has_no_perplexity(tiny_model: TinyModel, text:
     ("options", "message"),
     [
         ({"text": "no-such.txt"}, "no-such.txt does not exist"),
+        ({"text": []}, "no evaluation text was named"),
         ({"seqlen": 10**6}, r"fewer than one window of 1000000"),
         ({"seqlen": 1}, "at least 2 tokens"),
         ({"text": "wikitext"}, "--text builtin"),  # the suite runs offline

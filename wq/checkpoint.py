@@ -153,6 +153,18 @@ def read_tensor(entry: Entry) -> Tensor:
     return buffer.view(entry.dtype).reshape(entry.shape)
 
 
+def overwrite(entry: Entry, tensor: Tensor) -> None:
+    """Put `tensor` where `entry` lies, in a file that no one else reads yet. Raises CheckpointError if it differs."""
+    if tensor.dtype != entry.dtype or tuple(tensor.shape) != entry.shape:
+        was = f"{entry.dtype} {list(entry.shape)}"
+        raise CheckpointError(f"{entry.file}: {tensor.dtype} {list(tensor.shape)} cannot take the place of {was}.")
+    with entry.file.open("r+b") as file:
+        file.seek(entry.start)
+        file.write(_memory(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)))
+        file.flush()
+        os.fsync(file.fileno())
+
+
 def _memory(flat: Tensor) -> memoryview:
     """The bytes of a uint8 tensor on the CPU, not a copy of them."""
     return memoryview(flat.numpy())  # type: ignore[arg-type]

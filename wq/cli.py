@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -65,7 +66,10 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Print the 
 def quantize(
     model: Annotated[str, typer.Argument(help="A repo id, a local folder or a GGUF file.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The folder to make.")],
-    method: Annotated[str, typer.Option(help="gptq, awq or rtn (which needs no data).")] = "gptq",
+    preset: Annotated[
+        str, typer.Option(help="fast, balanced or best: how much text and which steps. What else is given counts more.")
+    ] = "balanced",
+    method: Annotated[str | None, typer.Option(help="gptq, awq or rtn (which needs no data). Default: gptq.")] = None,
     bits: Annotated[int | None, typer.Option(help="2, 3, 4 or 8. Default: 4.")] = None,
     target_bpw: Annotated[
         float | None, typer.Option(help="Instead of --bits: mix widths so that a weight takes so many bits, 3.5 say.")
@@ -82,13 +86,21 @@ def quantize(
     symmetric: Annotated[bool, typer.Option("--symmetric/--asymmetric", help="Without or with zero points.")] = True,
     format: Annotated[str, typer.Option(help="compressed-tensors, gptq or awq.")] = "compressed-tensors",
     calibration: Annotated[
-        str, typer.Option(help="c4, wikitext, a dataset id, a .txt/.jsonl/.parquet file, or builtin (no network).")
+        str,
+        typer.Option(
+            help="c4, wikitext, a dataset id, a .txt/.jsonl/.parquet file, or, with no network, builtin, or self: the "
+            "model writes it, and must fit in memory whole for that."
+        ),
     ] = "c4",
-    samples: Annotated[int, typer.Option(help="Calibration windows.")] = 128,
-    seqlen: Annotated[int, typer.Option(help="Tokens in a calibration window.")] = 512,
+    samples: Annotated[int | None, typer.Option(help="Calibration windows. Default: 128; fast 16, best 256.")] = None,
+    seqlen: Annotated[int | None, typer.Option(help="Tokens in a calibration window. Default: 512.")] = None,
     seed: Annotated[int, typer.Option(help="Chooses and orders the calibration text.")] = 0,
     keep: Annotated[
         list[str] | None, typer.Option(help="Regular expression: matching layers stay dense. May be repeated.")
+    ] = None,
+    without: Annotated[
+        list[str] | None,
+        typer.Option(help="Leave out a step (order, refine, search, sequence, target), to see its worth. Repeatable."),
     ] = None,
     dtype: Annotated[
         str | None, typer.Option(help="Of scales and dense tensors: float16, bfloat16, float32. Default: the model's.")
@@ -103,12 +115,13 @@ def quantize(
 ) -> None:
     """Quantize a dense model into a folder that transformers and vLLM load."""
     from wq import report
-    from wq.pipeline.quantizer import quantize as run
+    from wq.presets import quantize as run
 
     with _progress("block", as_json) as update:
         made = run(
             model,
             output,
+            preset=preset,
             method=method,
             bits=bits,
             group_size=group,
@@ -119,6 +132,7 @@ def quantize(
             seqlen=seqlen,
             seed=seed,
             keep=keep or (),
+            without=without or (),
             dtype=dtype,
             device=device,
             revision=revision,
@@ -127,8 +141,10 @@ def quantize(
             target_bpw=target_bpw,
             target_size=target_size,
             mix=None if mix is None else _widths(mix),
-            on_step=update and (lambda done, total: update(done, total, "choosing widths")),
-            on_block=update and (lambda e: update(e["block"], e["blocks"], _block_note(e))),
+            on_mix=update and (lambda done, total: update(done, total, "", "choosing widths")),
+            on_block=update and partial(_block, update),
+            on_sample=update and (lambda done, total: update(done, total, "", "sampled token")),
+            on_step=update and partial(_step, update),
         )
     if as_json:
         print(json.dumps(made))
@@ -136,9 +152,11 @@ def quantize(
     for layer in made["fallbacks"]:
         _err.print(f"! {layer['layer']}: rounded to nearest: {layer['fallback']}", style="yellow", markup=False)
     record = made["calibration"]
-    if record is not None and record["samples"] < samples:
-        short = f"! {record['source']} gave {record['samples']} windows, not {samples}"
+    if record is not None and record["samples"] < record["wanted"]:
+        short = f"! {record['source']} gave {record['samples']} windows, not {record['wanted']}"
         _err.print(short, style="yellow", markup=False)
+    if "reason" in made.get("distillation", {}):
+        _err.print(f"! not distilled: {made['distillation']['reason']}", style="yellow", markup=False)
     _out.print(f"{output}: {report.share(made)}", markup=False, highlight=False, soft_wrap=True)
     for line in report.mixture(made["mixed"]) if "mixed" in made else ():
         _out.print(line, markup=False, highlight=False, soft_wrap=True)
@@ -162,21 +180,45 @@ def _widths(text: str) -> list[int]:
 def evaluate(
     model: Annotated[str, typer.Argument(help="A repo id, a local folder or a GGUF file; dense or quantized.")],
     base: Annotated[str | None, typer.Option(help="The dense model, for KL and top-1 agreement with it.")] = None,
-    text: Annotated[str, typer.Option(help="wikitext (WikiText-2 test), a local text file, or builtin.")] = "wikitext",
+    text: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="wikitext (WikiText-2 test), a local text file, or, without a network, builtin (English) or code "
+            "(Python). May be repeated. Default: wikitext."
+        ),
+    ] = None,
     seqlen: Annotated[int, typer.Option(help="Tokens in a window.")] = 2048,
     windows: Annotated[int | None, typer.Option(help="Only the first so many windows.")] = None,
+    tasks: Annotated[
+        str | None, typer.Option(help="Run these tasks of lm_eval instead: arc_easy,hellaswag; patterns, too.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Only the first so many documents of each task.")] = None,
+    fewshot: Annotated[
+        int | None, typer.Option(help="Examples in front of each document. Default: the task's.")
+    ] = None,
+    batch: Annotated[int, typer.Option(help="Requests of a task that are computed at once.")] = 8,
+    include_path: Annotated[
+        Path | None, typer.Option(help="A folder of your own tasks in lm_eval's YAML, which may run Python.")
+    ] = None,
     dtype: Annotated[str, typer.Option(help="What the models run in: auto, float32, float16, bfloat16.")] = "auto",
     device: Device = None,
     as_json: Json = False,
 ) -> None:
-    """Perplexity; with --base also KL and top-1 agreement on the same windows."""
+    """Perplexity; with --base also KL and top-1 agreement on the same windows. With --tasks: benchmark tasks."""
+    if tasks is not None:
+        if text:
+            raise typer.BadParameter("--text and --tasks are two evaluations: give one of them.")
+        own = {"limit": limit, "fewshot": fewshot, "batch": batch, "include_path": include_path}
+        _evaluate_tasks(model, tasks, as_json, base=base, dtype=dtype, device=device, **own)
+        return
+    from wq import report
     from wq.evaluate import evaluate as run
 
     with _progress("window", as_json) as update:
         result = run(
             model,
             base=base,
-            text=text,
+            text=text or "wikitext",
             seqlen=seqlen,
             windows=windows,
             dtype=dtype,
@@ -186,19 +228,48 @@ def evaluate(
     if as_json:
         print(json.dumps(result))
     else:
-        _out.print(evaluation_table(result))
+        for one in report.texts_of(result):
+            _out.print(evaluation_table(one))
+
+
+def _evaluate_tasks(model: str, tasks: str, as_json: bool, **options: Any) -> None:
+    from wq.tasks import evaluate as run
+
+    result = run(model, [name.strip() for name in tasks.split(",") if name.strip()], **options)
+    print(json.dumps(result)) if as_json else _out.print(task_table(result))
+
+
+def task_table(result: dict[str, Any]) -> Table:
+    """The figures of `wq.tasks`, side by side with the base's; ± is the standard error."""
+    from wq import report
+
+    part = "" if result["limit"] is None else f", first {result['limit']} documents"
+    table = Table(title=f"lm_eval {result['lm_eval']}{part}, {result['dtype']}", title_justify="left")
+    compared = result["base"] is not None
+    names = ("task", "metric", *([result["base"]] if compared else []), result["model"])
+    for name in (*names, *(["difference, on the same documents"] if compared else [])):
+        table.add_column(Text(name))
+    for row in result["tasks"]:
+        dense = [report.figure(row["base"])] if compared else []
+        change = [report.paired(row)] if compared else []
+        table.add_row(report.task_name(row), row["metric"], *dense, report.figure(row), *change)
+    return table
 
 
 def evaluation_table(result: dict[str, Any]) -> Table:
-    """The figures of `wq.evaluate`, side by side with the base's."""
+    """The figures of `wq.evaluate` on one text, side by side with the base's."""
+    from wq import report
+
     title = f"{result['text']}, {result['windows']} × {result['seqlen']} tokens, {result['dtype']}"
     table = Table(title=title, title_justify="left")
-    for column in ("model", "perplexity", "KL mean", "median", "p99", "top-1"):
+    for column in ("model", "perplexity", "KL mean", "95 %", "median", "p99", "top-1"):
         table.add_column(column, justify="left" if column == "model" else "right")
     base, kl = result.get("base"), result.get("kl")
     if base:
-        table.add_row(base["model"], f"{base['perplexity']:.3f}", "0", "0", "0", "100 %")
-    compared = [f"{kl[key]:.4f}" for key in ("mean", "median", "p99")] if kl else ["–"] * 3
+        table.add_row(base["model"], f"{base['perplexity']:.3f}", "0", "", "0", "0", "100 %")
+    compared = ["–"] * 4
+    if kl:
+        compared = [f"{kl['mean']:.4f}", report.interval(kl), f"{kl['median']:.4f}", f"{kl['p99']:.4f}"]
     agreement = f"{result['top1_agreement']:.1%}" if kl else "–"
     table.add_row(result["model"], f"{result['perplexity']:.3f}", *compared, agreement)
     return table
@@ -386,27 +457,42 @@ def run(
 
 
 @contextmanager
-def _progress(verb: str, quiet: bool) -> Iterator[Callable[[int, int, str], None] | None]:
-    """A callback `(done, total, note)`: it moves a bar in a terminal and prints a line elsewhere; None when quiet."""
+def _progress(verb: str, quiet: bool) -> Iterator[Callable[..., None] | None]:
+    """A callback `(done, total, note, verb)`: it moves a bar in a terminal, prints a line elsewhere; None when quiet.
+
+    verb: where it is another than most of the time.
+    """
     if quiet:
         yield None
     elif not _err.is_terminal:
-        yield lambda done, total, note: _err.print(
-            f"{verb} {done}/{total}  {note}".rstrip(), markup=False, highlight=False, soft_wrap=True
-        )
+
+        def line(done: int, total: int, note: str, other: str | None = None) -> None:
+            text = f"{other or verb} {done}/{total}  {note}".rstrip()
+            _err.print(text, markup=False, highlight=False, soft_wrap=True)
+
+        yield line
     else:
         note = TextColumn("{task.fields[note]}")
-        columns = TextColumn(verb), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), note
+        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), note
         with Progress(*columns, console=_err, transient=True) as bar:
             task = bar.add_task(verb, total=None, note="")
-            yield lambda done, total, note: bar.update(task, completed=done, total=total, note=note)
+
+            def move(done: int, total: int, note: str, other: str | None = None) -> None:
+                bar.update(task, description=other or verb, completed=done, total=total, note=note)
+
+            yield move
 
 
-def _block_note(event: dict[str, Any]) -> str:
+def _step(update: Callable[[int, int, str, str], None], done: int, total: int, kl: float) -> None:
+    update(done, total, f"KL {kl:.4f}", "distillation step")
+
+
+def _block(update: Callable[[int, int, str], None], event: dict[str, Any]) -> None:
     """Errors of a block's layers, the time it took, and what is left if all others take as long."""
     errors = [f"{r['layer'].rpartition('.')[2]} {r['error']:.1e}" for r in event["layers"] if "error" in r]
     left = event["seconds"] * (event["blocks"] - event["block"])
-    return f"{'  '.join(errors)}  {event['seconds']:.1f} s  ETA {left:.0f} s".lstrip()
+    note = f"{'  '.join(errors)}  {event['seconds']:.1f} s  ETA {left:.0f} s".lstrip()
+    update(event["block"], event["blocks"], note)
 
 
 if __name__ == "__main__":

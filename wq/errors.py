@@ -37,6 +37,10 @@ class CalibrationError(WqError):
     """Calibration text that cannot be reached, is empty, or does not fit the model."""
 
 
+class TaskError(WqError):
+    """A benchmark task that nobody knows, or whose harness or data are not to be had."""
+
+
 class OutputError(WqError):
     """An output folder that would overwrite something or cannot be written."""
 

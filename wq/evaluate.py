@@ -4,6 +4,9 @@ WikiText-2 by the protocol of the GPTQ paper: the test split joined by blank lin
 not overlap, cross-entropy of every next token in float32. Perplexity can be gamed by a model that drifts towards the
 test text, so with a dense base the same windows also give KL(dense ‖ quantized) over the whole vocabulary, and how
 often both rank the same token first. Logits are compared a slice of a window at a time and never kept.
+
+Tokens near each other are hard or easy together, so the interval of the mean KL is a bootstrap over blocks of them: it
+says how far the mean would move with other text of this kind, not with text of another.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ import math
 import os
 import sysconfig
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,7 +31,18 @@ from wq.machine import default_device
 
 WIKITEXT = "wikitext"
 BUILTIN = "builtin"
+CODE = "code"
 _SLICE = 256  # tokens whose float32 distributions over the vocabulary are held at once
+_BLOCK = 128  # tokens that are drawn together when the interval is estimated; a slice holds whole blocks
+_RESAMPLES = 1000
+_FEW_BLOCKS = 8  # with fewer, what is drawn varies too little to say anything
+# Modules that are one file in every supported Python, by different authors and of different kinds.
+_MODULES = (
+    *("argparse", "ast", "calendar", "cmd", "configparser", "csv", "dataclasses", "difflib", "doctest", "fractions"),
+    *("heapq", "inspect", "ipaddress", "mailbox", "optparse", "pdb", "random", "shutil", "socket", "statistics"),
+    *("subprocess", "tarfile", "textwrap", "threading", "typing", "uuid"),
+)
+_LINES = 400  # of each of them: a few windows are then of several authors
 
 WindowCallback = Callable[[int, int], None]
 
@@ -38,7 +52,7 @@ def evaluate(
     model: str | os.PathLike[str],
     *,
     base: str | os.PathLike[str] | None = None,
-    text: str = WIKITEXT,
+    text: str | Iterable[str] = WIKITEXT,
     seqlen: int = 2048,
     windows: int | None = None,
     dtype: str = "auto",
@@ -47,10 +61,10 @@ def evaluate(
 ) -> dict[str, Any]:
     """Perplexity of `model` on `text`; with `base`, also KL and top-1 agreement with it on the same windows.
 
-    text: `wikitext` (WikiText-2 test, from the Hub), a local text file, taken as it is, or `builtin`, which needs no
-    network. windows: only the
-    first so many. dtype: what both models run in. If `model` is a folder that wq made, its report and card are
-    updated with the figures. Raises ModelError, CalibrationError.
+    text: `wikitext` (WikiText-2 test, from the Hub), a local text file, taken as it is, or, which need no network,
+    `builtin` (English) and `code` (Python); or several of these: the result is then `{"texts": [...]}`, one for each.
+    windows: only the first so many of each. dtype: what both models run in. If `model` is a folder that wq made, its
+    report and card are updated with the figures. Raises ModelError, CalibrationError.
     """
     from wq.hf import load
 
@@ -61,31 +75,36 @@ def evaluate(
             f"{model} is an encoder-decoder model ({type(subject).__name__}); perplexity on running text is defined "
             "for decoders. Measure it on its own task."
         )
-    tokens = read_tokens(text, tokenizer, seqlen, windows)
+    names = [text] if isinstance(text, str) else list(text)
+    if not names:
+        raise CalibrationError("no evaluation text was named.")
+    tokens = {name: read_tokens(name, tokenizer, seqlen, windows) for name in names}
     reference = None
     if base is not None:
         reference, other = load(base, dtype=str(subject.dtype).removeprefix("torch."), device=place)
         _check_vocabularies(model, base, tokenizer, other, subject, reference)
-    started = time.perf_counter()
-    scores = _Scores()
-    for index, window in enumerate(tokens):
-        batch = window.unsqueeze(0).to(place)
-        logits = subject(input_ids=batch, use_cache=False).logits[0]
-        dense = None if reference is None else reference(input_ids=batch, use_cache=False).logits[0]
-        scores.add(batch[0], logits, dense)
-        if on_window is not None:
-            on_window(index + 1, len(tokens))
-    result = {
-        "model": os.fspath(model),
-        "text": Path(text).name,
-        "windows": len(tokens),
-        "seqlen": seqlen,
-        "dtype": str(subject.dtype).removeprefix("torch."),
-        "device": place,
-        "seconds": round(time.perf_counter() - started, 1),
-        **scores.result(os.fspath(base) if base is not None else None),
-    }
-    _record(Path(model), result)
+    results: list[dict[str, Any]] = []
+    for name, rows in tokens.items():
+        started, before = time.perf_counter(), sum(one["windows"] for one in results)
+        scores = _Scores()
+        for index, window in enumerate(rows):
+            scores.window(window.to(place), subject, reference)
+            if on_window is not None:
+                on_window(before + index + 1, sum(map(len, tokens.values())))
+        results.append(
+            {
+                "model": os.fspath(model),
+                "text": Path(name).name,
+                "windows": len(rows),
+                "seqlen": seqlen,
+                "dtype": str(subject.dtype).removeprefix("torch."),
+                "device": place,
+                "seconds": round(time.perf_counter() - started, 1),
+                **scores.result(os.fspath(base) if base is not None else None),
+            }
+        )
+    result = results[0] if len(results) == 1 else {"texts": results}
+    report.record(Path(model), "evaluation", result)
     return result
 
 
@@ -107,9 +126,11 @@ def _read_text(text: str) -> str:
         return path.read_text(encoding="utf-8")
     if text == BUILTIN:
         return _standard_library_prose()
+    if text == CODE:
+        return _standard_library_code()
     if text != WIKITEXT:
         raise CalibrationError(
-            f"evaluation text {text} does not exist. Give {WIKITEXT!r}, {BUILTIN!r} or a local text file."
+            f"evaluation text {text} does not exist. Give {WIKITEXT!r}, {BUILTIN!r}, {CODE!r} or a local text file."
         )
     import datasets
 
@@ -137,6 +158,13 @@ def _standard_library_prose() -> str:
     return "\n\n".join(documents)
 
 
+def _standard_library_code() -> str:
+    """The beginnings of modules of the standard library, comments and docstrings included; as old as this Python."""
+    folder = Path(sysconfig.get_path("stdlib"))
+    files = [file for name in _MODULES if (file := folder / f"{name}.py").is_file()]
+    return "\n\n".join("\n".join(file.read_text(encoding="utf-8").splitlines()[:_LINES]) for file in files)
+
+
 def _check_vocabularies(model: Any, base: Any, one: Any, other: Any, subject: Any, reference: Any) -> None:
     sizes = subject.config.get_text_config().vocab_size, reference.config.get_text_config().vocab_size
     if sizes[0] != sizes[1] or one.get_vocab() != other.get_vocab():
@@ -155,6 +183,13 @@ class _Scores:
     tokens: int = 0
     kl: list[Tensor] = field(default_factory=list)
     agree: int = 0
+
+    def window(self, tokens: Tensor, model: Any, base: Any) -> None:
+        """Run both models, if there are two, on token ids `[n]` of one window."""
+        batch = tokens.unsqueeze(0)
+        logits = model(input_ids=batch, use_cache=False).logits[0]
+        dense = None if base is None else base(input_ids=batch, use_cache=False).logits[0]
+        self.add(tokens, logits, dense)
 
     def add(self, tokens: Tensor, logits: Tensor, dense: Tensor | None) -> None:
         """One window: token ids `[n]`, logits `[n, vocabulary]` of the model and perhaps of its base."""
@@ -179,18 +214,21 @@ class _Scores:
                 "mean": float(kl.mean()),
                 "median": float(kl.median()),
                 "p99": float(kl.quantile(0.99)),
+                "interval": _interval([block for piece in self.kl for block in piece.double().split(_BLOCK)]),
             }
             values["top1_agreement"] = self.agree / self.tokens
         return values
 
 
+def _interval(blocks: list[Tensor]) -> list[float] | None:
+    """The middle 95 % of means over as many blocks drawn with replacement; None for too few of them."""
+    if len(blocks) < _FEW_BLOCKS:
+        return None
+    sums, counts = (torch.tensor([f(block) for block in blocks], dtype=torch.float64) for f in (torch.sum, len))
+    drawn = torch.randint(len(blocks), (_RESAMPLES, len(blocks)), generator=torch.Generator().manual_seed(0))
+    means = sums[drawn].sum(1) / counts[drawn].sum(1)
+    return [float(means.quantile(q)) for q in (0.025, 0.975)]
+
+
 def _exp(value: float) -> float:
     return math.exp(value) if value < 700 else math.inf
-
-
-def _record(folder: Path, result: dict[str, Any]) -> None:
-    """Add the figures to the report and card of a folder that wq made."""
-    known = report.load(folder) if folder.is_dir() else None
-    if known is not None:
-        known["evaluation"] = result
-        report.save(known, folder)

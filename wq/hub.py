@@ -53,7 +53,7 @@ def _check(path: Path, require_evaluation: bool) -> None:
     except WqError as error:
         raise ModelError(f"{path} cannot be shared: {error}") from error
     known = report.load(path)
-    if require_evaluation and (known is None or "evaluation" not in known):
+    if require_evaluation and (known is None or not {"evaluation", "tasks"} & set(known)):
         raise ModelError(
             f"{path} has no measured figures for its card. Run `wq eval {path} --base BASE` first, or push without "
             "them by --no-eval."

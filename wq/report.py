@@ -25,6 +25,13 @@ def load(folder: Path) -> dict[str, Any] | None:
     return json.loads(file.read_text()) if file.is_file() else None
 
 
+def record(folder: Path, name: str, figures: dict[str, Any]) -> None:
+    """Put measured figures under `name` into the report and card of `folder`, if wq made it; else do nothing."""
+    known = load(folder) if folder.is_dir() else None
+    if known is not None:
+        save({**known, name: figures}, folder)
+
+
 def size(count: float) -> str:
     """Bytes for people: 1.23 GB, 45.6 MB."""
     for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
@@ -71,7 +78,7 @@ def card(report: dict[str, Any]) -> str:
     name = Path(report["model"]).name
     rows = [
         ("Base model", f"`{report.get('repo') or name}`"),
-        ("Method", report["method"].upper()),
+        ("Method", _method(report)),
         ("Bits / group size / grid", f"{_bits(report)} / {group} / {grid}"),
         ("Format", f"{report['format']}, {report['dtype']} scales and dense tensors"),
         ("Calibration", _calibration(report["calibration"])),
@@ -97,6 +104,7 @@ def card(report: dict[str, Any]) -> str:
             table,
             "",
             *_quality(report.get("evaluation")),
+            *_tasks(report.get("tasks")),
             *_widths(report.get("mixed")),
             *_fallbacks(report["fallbacks"]),
         ]
@@ -125,6 +133,23 @@ def _header(report: dict[str, Any]) -> str:
     return "\n".join([*lines, "tags:", *(f"- {tag}" for tag in dict.fromkeys(tags)), "---", ""])
 
 
+def _method(report: dict[str, Any]) -> str:
+    """The algorithm, the preset, and what became of distillation."""
+    words = [report["method"].upper()]
+    if "preset" in report:
+        words.append(f"preset {report['preset']}")
+    if report.get("without"):
+        words.append(f"without {', '.join(report['without'])}")
+    taught = report.get("distillation")
+    if taught and "reason" in taught:
+        words.append(f"not distilled: {taught['reason']}")
+    elif taught:
+        kl = taught["heldout_kl"]
+        state = "" if taught["kept"] else ", not kept"
+        words.append(f"distilled, KL on held-out calibration text {kl['before']:.4f} → {kl['after']:.4f}{state}")
+    return "; ".join(words)
+
+
 def _calibration(record: dict[str, Any] | None) -> str:
     if record is None:
         return "none (data-free)"
@@ -145,21 +170,71 @@ def _experts(layers: list[dict[str, Any]]) -> list[tuple[str, str]]:
 
 
 def _quality(evaluation: dict[str, Any] | None) -> list[str]:
-    """The measured figures, or how to measure them."""
+    """The measured figures of each text, or how to measure them."""
     if evaluation is None:
         return ["Not evaluated yet: `wq eval FOLDER --base BASE` measures it and fills this card in.", ""]
+    texts = texts_of(evaluation)
     lines = ["## Measured", "", "| | dense | quantized |", "|---|---|---|"]
-    base = evaluation.get("base")
-    dense = f"{base['perplexity']:.3f}" if base else "not measured"
-    lines.append(f"| perplexity, {evaluation['text']} | {dense} | {evaluation['perplexity']:.3f} |")
-    if base:
-        kl = evaluation["kl"]
-        values = f"{kl['mean']:.4f} / {kl['median']:.4f} / {kl['p99']:.3f}"
-        lines.append(f"| KL to dense: mean / median / p99 | 0 | {values} |")
-        lines.append(f"| top-1 agreement | 100 % | {evaluation['top1_agreement']:.1%} |")
-    windows = f"{evaluation['windows']} windows of {evaluation['seqlen']} tokens"
-    place = f"{evaluation['dtype']} on {evaluation['device']}"
+    for one in texts:
+        base, text = one.get("base"), one["text"]
+        dense = f"{base['perplexity']:.3f}" if base else "not measured"
+        lines.append(f"| perplexity, {text} | {dense} | {one['perplexity']:.3f} |")
+        if base:
+            kl, place = one["kl"], "" if len(texts) == 1 else f", {text}"
+            values = f"{kl['mean']:.4f} / {kl['median']:.4f} / {kl['p99']:.3f}"
+            lines.append(f"| KL to dense{place}: mean / median / p99 | 0 | {values} |")
+            if kl.get("interval"):
+                lines.append(f"| 95 % interval of the mean KL{place} | | {interval(kl)} |")
+            lines.append(f"| top-1 agreement{place} | 100 % | {one['top1_agreement']:.1%} |")
+    counts = [f"{one['windows']} windows of {one['seqlen']} tokens" for one in texts]
+    windows = counts[0] if len(set(counts)) == 1 else ", ".join(counts)
+    place = f"{texts[0]['dtype']} on {texts[0]['device']}"
     return [*lines, "", f"{windows}, {place}; the packed checkpoint, through the layers that serve it.", ""]
+
+
+def texts_of(evaluation: dict[str, Any]) -> list[dict[str, Any]]:
+    """The results of `wq.evaluate`, one for each text."""
+    return evaluation.get("texts", [evaluation])
+
+
+def interval(kl: dict[str, Any]) -> str:
+    """`0.1180 – 0.1312`, or a dash where there was too little text to tell."""
+    return " – ".join(f"{bound:.4f}" for bound in kl["interval"]) if kl["interval"] else "–"
+
+
+def _tasks(measured: dict[str, Any] | None) -> list[str]:
+    """Benchmark tasks, beside those of the dense model where it ran, too."""
+    if measured is None:
+        return []
+    lines = ["## Tasks", "", "| task | metric | dense | quantized | difference |", "|---|---|---|---|---|"]
+    for row in measured["tasks"]:
+        dense = figure(row["base"]) if "base" in row else "not measured"
+        lines.append(f"| {task_name(row)} | {row['metric']} | {dense} | {figure(row)} | {paired(row)} |")
+    part = "" if measured["limit"] is None else f", the first {measured['limit']} documents of each task"
+    how = f"lm_eval {measured['lm_eval']}{part}, {measured['dtype']} on {measured['device']}"
+    return [*lines, "", f"{how}; ± is the standard error.", ""]
+
+
+def task_name(row: dict[str, Any]) -> str:
+    """`arc_easy, 5-shot`, with the name of the filter where there is one."""
+    filtered = "" if row["filter"] == "none" else f", {row['filter']}"
+    return f"{row['task']}{filtered}" + (f", {row['fewshot']}-shot" if row["fewshot"] else "")
+
+
+def figure(row: dict[str, Any]) -> str:
+    """`0.571 ± 0.010`"""
+    return f"{row['value']:.4f}" + ("" if row["stderr"] is None else f" ± {row['stderr']:.4f}")
+
+
+def paired(row: dict[str, Any]) -> str:
+    """`-0.018 ± 0.006; 12 better, 30 worse, p = 0.008`: what changed on the same documents."""
+    if "difference" not in row:
+        return "–"
+    text = f"{row['difference']:+.4f}"
+    if row["paired"] is None:
+        return text
+    error, better, worse, p = (row["paired"][key] for key in ("stderr", "better", "worse", "p"))
+    return f"{text} ± {error:.4f}; {better} better, {worse} worse, p = {p:.2g}"
 
 
 def _bits(report: dict[str, Any]) -> str:

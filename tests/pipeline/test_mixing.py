@@ -361,7 +361,7 @@ def test_progress_is_told(tiny_model: TinyModel, tmp_path: Path) -> None:
         tmp_path / "out",
         method="rtn",
         target_bpw=4,
-        on_step=lambda done, total: steps.append((done, total)),
+        on_mix=lambda done, total: steps.append((done, total)),
         **SMALL,
     )
     assert steps == sorted(steps)

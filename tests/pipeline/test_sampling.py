@@ -1,0 +1,167 @@
+"""Calibration windows that the model writes itself."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_models
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from wq.errors import CalibrationError, ModelError
+from wq.pipeline import sampling
+from wq.pipeline.quantizer import quantize
+from wq.pipeline.source import Source, open_source
+
+TinyModel = Callable[..., Path]
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def source(tiny_model: TinyModel) -> Iterator[Source]:
+    with open_source(tiny_model()) as opened:
+        yield opened
+
+
+def sample(source: Source, samples: int = 6, seqlen: int = 40, seed: int = 0, **options: Any) -> Tensor:
+    return sampling.sample(source, samples, seqlen, seed, CPU, torch.float32, **options).tokens
+
+
+def without_bos(folder: Path) -> Path:
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tiny_models.tokenizer()._tokenizer, eos_token="</s>")
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "mamba", "mixtral", "gemma2", "llava"])
+def test_windows_are_whole_and_of_known_tokens(architecture: str, tiny_model: TinyModel) -> None:
+    with open_source(tiny_model(architecture)) as source:
+        tokens = sample(source)
+        assert all(parameter.is_meta for parameter in source.model.parameters())  # freed again
+    assert tokens.shape == (6, 40)
+    assert tokens.dtype == torch.int64
+    assert (tokens[:, 0] == 0).all()  # <s>
+    assert int(tokens.max()) < len(tiny_models.tokenizer())  # the model's vocabulary is larger
+    assert len(tokens.unique()) > 60
+
+
+def test_the_seed_decides(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(7)
+    before = torch.get_rng_state()
+    first = sample(source)
+    assert torch.equal(torch.get_rng_state(), before)  # nobody else's numbers change
+    torch.manual_seed(8)
+    assert torch.equal(sample(source), first)
+    assert not torch.equal(sample(source, seed=1), first)
+    monkeypatch.setattr(sampling, "_CACHED_TOKENS", 80)  # two rows at a time
+    batched = sample(source)
+    assert batched.shape == first.shape
+    assert len({tuple(row) for row in batched.tolist()}) == 6  # no batch repeats another
+
+
+def test_tokens_are_drawn_from_the_models_own_distribution(source: Source, tiny_model: TinyModel) -> None:
+    """Token by token, with the cache, and at temperature 1: the share of each first token is its probability."""
+    tokens = sample(source, samples=3000, seqlen=2)
+    model = AutoModelForCausalLM.from_pretrained(tiny_model(), dtype=torch.float32)
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([[0]])).logits[0, 0, : len(tiny_models.tokenizer())]
+    probability = logits.softmax(-1)
+    share = torch.bincount(tokens[:, 1], minlength=len(probability)) / len(tokens)
+    noise = (probability * (1 - probability) / len(tokens)).sqrt()
+    assert ((share - probability).abs() < 5 * noise).all()
+    # So is that of longer windows: their likelihood is what the entropy says, which no other temperature gives.
+    longer = sample(source, samples=64, seqlen=64)
+    with torch.no_grad():
+        logs = model(input_ids=longer).logits[:, :-1, : len(probability)].log_softmax(-1)
+    likely = logs.gather(2, longer[:, 1:, None]).squeeze(-1)
+    usual = longer[:, :-1] != 1  # after </s> comes <s>, by rule
+    surprise = (likely + (-(logs.exp() * logs).sum(-1)))[usual]
+    assert abs(float(surprise.mean())) < 4 * float(surprise.std()) / len(surprise) ** 0.5
+
+
+def test_after_the_end_of_a_text_another_begins_in_the_same_window(source: Source) -> None:
+    tokens = sample(source, samples=100, seqlen=60)
+    ended = tokens[:, :-1] == 1
+    assert ended.sum() > 5  # as likely as any token of a random model
+    assert (tokens[:, 1:][ended] == 0).all()
+    assert (tokens[:, 1:][~ended] != 0).any()
+
+
+def test_without_a_beginning_a_random_token_begins_and_likely_ones_follow(tmp_path: Path) -> None:
+    folder = without_bos(tiny_models.make(tmp_path / "model", "llama"))
+    with open_source(folder) as source:
+        assert source.tokenizer.bos_token_id is None
+        tokens = sample(source, samples=40, seqlen=30)
+    assert len(tokens[:, 0].unique()) > 25
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        likeliest = model(input_ids=tokens).logits[..., : len(tiny_models.tokenizer())].argmax(-1)
+    assert torch.equal(tokens[:, 1:4], likeliest[:, :3])
+    assert (tokens[:, 4:] != likeliest[:, 3:-1]).float().mean() > 0.5
+
+
+def test_places_of_images_are_never_written(tiny_model: TinyModel) -> None:
+    with open_source(tiny_model("llava")) as source:
+        source.config.image_token_index = 100
+        assert 100 not in sample(source, samples=100, seqlen=40)
+        counts = Counter(sample(source, samples=100, seqlen=40).flatten().tolist())
+    assert counts[99] > 0
+
+
+def test_progress_counts_tokens(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sampling, "_CACHED_TOKENS", 4 * 70)
+    seen: list[tuple[int, int]] = []
+    sample(source, samples=6, seqlen=70, on_sample=lambda *e: seen.append(e))
+    assert seen == [(128, 420), (256, 420), (280 + 64, 420), (280 + 128, 420)]
+
+
+def test_a_model_calibrates_itself(tiny_model: TinyModel, tmp_path: Path) -> None:
+    options: dict[str, Any] = {
+        "calibration": "self",
+        "samples": 12,
+        "seqlen": 24,
+        "group_size": 32,
+        "method": "awq",
+    }
+    made = [
+        quantize(tiny_model(), tmp_path / name, seed=seed, **options) for name, seed in (("a", 3), ("b", 3), ("c", 4))
+    ]
+    record = made[0]["calibration"]
+    described = {"source": "self", "samples": 12, "wanted": 12, "seqlen": 24, "seed": 3, "sha256": ""}
+    assert {**record, "sha256": ""} == described
+    assert made[1]["calibration"] == record
+    assert made[2]["calibration"]["sha256"] != record["sha256"]
+    one, again = ((tmp_path / name / "model.safetensors").read_bytes() for name in "ab")
+    assert one == again
+    assert "self, 12 × 24 tokens, seed 3" in (tmp_path / "a" / "README.md").read_text()
+
+
+def test_a_method_without_data_writes_none(tiny_model: TinyModel, tmp_path: Path) -> None:
+    assert quantize(tiny_model(), tmp_path / "out", calibration="self", method="rtn")["calibration"] is None
+
+
+def test_an_encoder_decoder_model_is_refused(tiny_model: TinyModel, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"encoder-decoder model.*Use c4, builtin or a file"):
+        quantize(tiny_model("t5"), tmp_path / "out", calibration="self", seqlen=16)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_that_cannot_generate_is_refused(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(type(source.model), "can_generate", classmethod(lambda kind: False))
+    with pytest.raises(ModelError, match=r"\(LlamaForCausalLM\) cannot generate"):
+        sample(source)
+
+
+@pytest.mark.parametrize(("samples", "seqlen"), [(0, 8), (1, 0)])
+def test_counts_must_be_positive(samples: int, seqlen: int, source: Source) -> None:
+    with pytest.raises(CalibrationError, match="at least 1"):
+        sample(source, samples, seqlen)
+
+
+def test_a_window_of_one_token_is_its_beginning(source: Source) -> None:
+    assert sample(source, samples=3, seqlen=1).tolist() == [[0], [0], [0]]
