@@ -35,9 +35,10 @@ from wq.scheme import Scheme
 from wq.solvers import Solution, Statistics, rtn
 from wq.structure.linears import is_linear, matrix
 
-_JUDGED, _LEARNED = 2048, 8192  # tokens of calibration for KL, and for E[x xᵀ]
+_JUDGED, _LEARNED = 1024, 8192  # tokens of calibration for KL, and for E[x xᵀ]
 _BATCH_TOKENS = 4096
 _STREAM_BYTES = 2 << 30  # of hidden states
+_STEP = 4  # one row of a weight in so many tells how its error depends on the width
 _REFERENCE = 3  # bits at which KL is measured, if they are a candidate: far above noise, and not yet beyond repair
 _LEAST = 1e-9  # nats; units whose loss is lost in noise are still told apart by their errors
 
@@ -107,8 +108,8 @@ def _windows(tokens: Tensor) -> tuple[list[Tensor], list[Tensor]]:
 class _Part:
     """A unit on its way.
 
-    stream: which of the streams began with it quantized. squared: tr(E H Eᵀ) of its weights by bits, summed over their
-    tokens; norm: tr(W H Wᵀ), likewise.
+    stream: which of the streams began with it quantized. squared: tr(E H Eᵀ) by bits, of some rows of its weights,
+    summed over their tokens; norm: tr(W H Wᵀ), likewise.
     """
 
     block: str
@@ -200,23 +201,21 @@ class _Pass:
 
     def _round(self, part: _Part, weight: Tensor, statistics: Statistics | None) -> tuple[Solution, Tensor]:
         """A weight `[out, in]` at the reference width; its errors at all widths go to `part`."""
+        used = statistics if self.weighted else None
+        rows = weight[::_STEP]
         tokens = 1 if statistics is None else statistics.tokens
-        image = weight if statistics is None else weight @ statistics.second_moment
-        norm = tokens * float((image * weight).sum())
+        norm = tokens * float((rows if statistics is None else rows @ statistics.second_moment).mul(rows).sum())
         part.norm += norm
-        chosen: tuple[Solution, Tensor] | None = None
         for bits in self.widths:
-            solution = rtn.solve(weight, statistics if self.weighted else None, replace(self.scheme, bits=bits))
+            whole = bits == self.reference
+            solution = rtn.solve(weight if whole else rows, used, replace(self.scheme, bits=bits))
             restored = grid.dequantize(solution.codes, solution.scale, solution.zero)
+            if whole:
+                chosen, restored = (solution, restored), restored[::_STEP]
             if statistics is None:
-                part.squared[bits] += float((restored - weight).square().sum())
+                part.squared[bits] += float((restored - rows).square().sum())
             else:
-                error = solution.stats.get("error")
-                error = rtn.output_error(weight, restored, statistics) if error is None else error
-                part.squared[bits] += norm * error
-            if bits == self.reference:
-                chosen = solution, restored
-        assert chosen is not None
+                part.squared[bits] += norm * rtn.output_error(rows, restored, statistics)
         return chosen
 
     def judge(self, model: nn.Module, blocks: nn.ModuleList, inputs: dict[str, Any], place: int) -> None:
