@@ -42,8 +42,8 @@ class Rates:
     leaves codes as they are. epochs: passes over the windows. batch: windows a step.
     """
 
-    scales: float = 2e-3
-    vectors: float = 2e-3
+    scales: float = 2e-4
+    vectors: float = 1e-3
     codes: float = 0.0
     epochs: int = 1
     batch: int = 4
