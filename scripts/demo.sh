@@ -26,7 +26,7 @@ output=out/smollm2-135m-w4
 if [ -f "$output/config.json" ]; then
   echo "reusing $output (delete it to quantize again)"
 else
-  .venv/bin/wq quantize "$model" -o "$output" --method gptq --group 64 --calibration builtin --samples 64
+  .venv/bin/wq quantize "$model" -o "$output" --group 64 --calibration builtin --samples 32
 fi
 .venv/bin/wq eval "$output" --base "$model" --text "${1:-builtin}" --windows 8 --dtype float32
 .venv/bin/python scripts/demo_summary.py "$output"

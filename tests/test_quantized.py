@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -101,7 +102,7 @@ def test_a_folder_that_is_not_quantized_is_refused(made: Callable[[str], Path], 
         convert(empty, tmp_path / "out", to="gptq")
 
 
-def test_several_schemes_do_not_fit_into_one_config(made: Callable[[str], Path], tmp_path: Path) -> None:
+def test_several_schemes_go_over_into_formats_that_have_a_scheme_for_each_layer(made: Callable[[str], Path], tmp_path: Path) -> None:
     """One layer's scales repeated: the same weights, in groups half as long."""
     name = f"{Q}.weight_scale"
     folder = changed(
@@ -111,6 +112,11 @@ def test_several_schemes_do_not_fit_into_one_config(made: Callable[[str], Path],
     del config["quantization_config"]["config_groups"]["group_0"]["weights"]["group_size"]
     (folder / "config.json").write_text(json.dumps(config))
     assert q_proj(folder).scheme.group_size == 16
-    with pytest.raises(FormatError, match="holds 2 schemes"):
-        convert(folder, tmp_path / "out", to="gptq")
-    assert not (tmp_path / "out").exists()
+    done = convert(folder, tmp_path / "out", to="gptq")
+    assert done["identical"] == done["layers"]
+    assert q_proj(tmp_path / "out").scheme.group_size == 16
+    rules = read_config(tmp_path / "out")["quantization_config"]["dynamic"]
+    assert [values["group_size"] for rule, values in rules.items() if re.search(rule.removeprefix("+:"), Q)] == [16]
+    with pytest.raises(FormatError, match="awq"):
+        convert(folder, tmp_path / "awq", to="awq")
+    assert not (tmp_path / "awq").exists()
