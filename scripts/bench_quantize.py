@@ -31,9 +31,12 @@ ROWS: dict[str, list[str]] = {
     "rtn 4-bit symmetric": ["--method", "rtn"],
     "awq 4-bit asymmetric": ["--method", "awq", "--asymmetric"],
     "awq 4-bit symmetric": ["--method", "awq"],
-    "gptq 4-bit asymmetric": ["--method", "gptq", "--asymmetric"],
-    "gptq 4-bit symmetric": ["--method", "gptq"],
-    "gptq 3-bit asymmetric": ["--method", "gptq", "--bits", "3", "--asymmetric"],
+    "fast 4-bit asymmetric": ["--preset", "fast", "--samples", "16", "--asymmetric"],
+    "balanced 4-bit asymmetric": ["--asymmetric"],
+    "balanced 4-bit symmetric": [],
+    "balanced 3-bit asymmetric": ["--bits", "3", "--asymmetric"],
+    "best 4-bit asymmetric": ["--preset", "best", "--asymmetric"],
+    "best 3-bit asymmetric": ["--preset", "best", "--bits", "3", "--asymmetric"],
 }
 
 
@@ -61,7 +64,7 @@ def row(name: str, options: argparse.Namespace, folder: Path, dense_seconds: flo
     """Quantize and evaluate one configuration."""
     output = str(folder / name.replace(" ", "-"))
     text = ["--calibration", options.calibration, "--samples", str(options.samples), "--seqlen", str(options.seqlen)]
-    report = run(["quantize", options.model, "-o", output, "--group", str(options.group), *ROWS[name], *text])
+    report = run(["quantize", options.model, "-o", output, "--group", str(options.group), *text, *ROWS[name]])
     result: dict[str, Any] = {
         "row": name,
         "scheme": report["scheme"],

@@ -53,7 +53,7 @@ from wq import quantize, quantized
 from wq.checkpoint import read_headers, read_tensor
 from wq.hf.conversion import dense, read
 from wq.loaders import kernels
-from wq.loaders.rules import FUSED
+from wq.loaders.joined import FUSED
 from wq.verify import verify
 
 TESTS = Path(__file__).resolve().parents[1] / "tests"
@@ -71,6 +71,7 @@ CLASSES = {
 }
 
 MOES = ("mixtral", "qwen3_moe", "gpt_oss")
+TEXT = {"calibration": "builtin", "samples": 8, "seqlen": 64}
 # What is made without folders: the name, the architecture, and options of `wq.quantize`.
 TINY: list[tuple[str, str, dict[str, Any]]] = [
     *(
@@ -94,6 +95,12 @@ TINY: list[tuple[str, str, dict[str, Any]]] = [
     ("compressed-tensors, experts kept", "mixtral", {"keep": ["experts"]}),
     ("gptq, experts kept", "mixtral", {"keep": ["experts"], "format": "gptq"}),
     ("awq, experts kept", "mixtral", {"keep": ["experts"], "format": "awq"}),
+    *(
+        (f"{format}, {mix} bits mixed, {a}", a, {"format": format, "mix": mix, "target_bpw": bpw, **TEXT})
+        for format, more in (("compressed-tensors", 0), ("gptq", 0.6))
+        for mix, bpw in (((4, 8), 6.3 + more), ((2, 3, 4, 8), 4.7 + more))
+        for a in ("llama", "phi", "qwen3_moe", "mixtral")
+    ),
 ]  # fmt: skip
 
 

@@ -151,6 +151,15 @@ def test_data_starts_aligned_to_eight_bytes(tmp_path: Path) -> None:
         assert read_header(tmp_path / str(i) / checkpoint.SINGLE)["x" * i].start % 8 == 0
 
 
+@pytest.mark.parametrize("limit", [1, 100, 10**9])
+def test_what_headers_take_is_known_beforehand(limit: int, tmp_path: Path) -> None:
+    tensors = tensors_of_every_dtype()
+    write(tmp_path, tensors, limit)
+    files = sum(file.stat().st_size for file in tmp_path.glob("*.safetensors"))
+    specs = specs_of(tensors)
+    assert checkpoint.header_bytes(specs, limit) == files - sum(spec.bytes for spec in specs.values())
+
+
 def test_a_missing_tensor_is_an_error_that_names_it(tmp_path: Path) -> None:
     specs = specs_of({"a": torch.ones(2), "b": torch.ones(2)})
     writer = ShardWriter(tmp_path, specs)

@@ -17,8 +17,8 @@ from wq.formats.patterns import refuse_pattern
 from wq.formats.stored import Stored
 from wq.loaders import Checkpoint, judge, kernels
 from wq.loaders.config import excluded, matches
+from wq.loaders.joined import joined
 from wq.loaders.kernels import Layer
-from wq.loaders.rules import joined
 from wq.scheme import Scheme
 from wq.verify import verify
 

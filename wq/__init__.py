@@ -24,7 +24,7 @@ _EXPORTS = {
     "evaluate": "wq.evaluate",
     "load": "wq.hf",
     "push": "wq.hub",
-    "quantize": "wq.pipeline.quantizer",
+    "quantize": "wq.presets",
 }
 
 __all__ = [
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from wq.hf import WqConfig, load
     from wq.hub import push
     from wq.layers import WqLinear
-    from wq.pipeline.quantizer import quantize
+    from wq.presets import quantize
     from wq.scheme import Scheme
 
 

@@ -153,6 +153,18 @@ def read_tensor(entry: Entry) -> Tensor:
     return buffer.view(entry.dtype).reshape(entry.shape)
 
 
+def overwrite(entry: Entry, tensor: Tensor) -> None:
+    """Put `tensor` where `entry` lies, in a file that no one else reads yet. Raises CheckpointError if it differs."""
+    if tensor.dtype != entry.dtype or tuple(tensor.shape) != entry.shape:
+        was = f"{entry.dtype} {list(entry.shape)}"
+        raise CheckpointError(f"{entry.file}: {tensor.dtype} {list(tensor.shape)} cannot take the place of {was}.")
+    with entry.file.open("r+b") as file:
+        file.seek(entry.start)
+        file.write(_memory(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)))
+        file.flush()
+        os.fsync(file.fileno())
+
+
 def _memory(flat: Tensor) -> memoryview:
     """The bytes of a uint8 tensor on the CPU, not a copy of them."""
     return memoryview(flat.numpy())  # type: ignore[arg-type]
@@ -196,21 +208,14 @@ class ShardWriter:
         return sum(spec.bytes for spec in self._specs.values())
 
     def _open(self, path: Path, specs: dict[str, Spec]) -> None:
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        offset = 0
-        for name, spec in specs.items():
-            stop = offset + spec.bytes
-            header[name] = {"dtype": _NAMES[spec.dtype], "shape": list(spec.shape), "data_offsets": [offset, stop]}
-            offset = stop
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)  # data starts aligned
         file = path.open("wb")
         self._files.append(file)
-        file.write(len(text).to_bytes(8, "little") + text)
-        base = file.tell()
-        _reserve(file, base, offset)
-        for name in specs:
-            self._places[name] = (file, base + header[name]["data_offsets"][0])
+        file.write(_header(specs))
+        offset = file.tell()
+        _reserve(file, offset, sum(spec.bytes for spec in specs.values()))
+        for name, spec in specs.items():
+            self._places[name] = (file, offset)
+            offset += spec.bytes
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Put `tensor` in its place; its dtype and shape must be the announced ones."""
@@ -258,6 +263,24 @@ class ShardWriter:
             file.close()
         if kind is None and self._left:
             raise CheckpointError(f"{len(self._left)} tensors were announced but not written: {min(self._left)}, ...")
+
+
+def _header(specs: dict[str, Spec]) -> bytes:
+    """What a safetensors file with these tensors, one after the other, begins with."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, spec in specs.items():
+        stop = offset + spec.bytes
+        header[name] = {"dtype": _NAMES[spec.dtype], "shape": list(spec.shape), "data_offsets": [offset, stop]}
+        offset = stop
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # data starts aligned
+    return len(text).to_bytes(8, "little") + text
+
+
+def header_bytes(specs: dict[str, Spec], max_shard_bytes: int = MAX_SHARD_BYTES) -> int:
+    """How much of the files that `ShardWriter` makes is no tensor."""
+    return sum(len(_header({name: specs[name] for name in shard})) for shard in _shards(specs, max_shard_bytes))
 
 
 def _reserve(file: IO[bytes], start: int, count: int) -> None:

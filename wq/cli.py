@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -66,8 +66,20 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Print the 
 def quantize(
     model: Annotated[str, typer.Argument(help="A repo id, a local folder or a GGUF file.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The folder to make.")],
-    method: Annotated[str, typer.Option(help="gptq, awq or rtn (which needs no data).")] = "gptq",
-    bits: Annotated[int, typer.Option(help="2, 3, 4 or 8.")] = 4,
+    preset: Annotated[
+        str, typer.Option(help="fast, balanced or best: how much text and which steps. What else is given counts more.")
+    ] = "balanced",
+    method: Annotated[str | None, typer.Option(help="gptq, awq or rtn (which needs no data). Default: gptq.")] = None,
+    bits: Annotated[int | None, typer.Option(help="2, 3, 4 or 8. Default: 4.")] = None,
+    target_bpw: Annotated[
+        float | None, typer.Option(help="Instead of --bits: mix widths so that a weight takes so many bits, 3.5 say.")
+    ] = None,
+    target_size: Annotated[
+        str | None, typer.Option(help="Instead of --bits: mix widths so that all tensors take so much: 4.5GB.")
+    ] = None,
+    mix: Annotated[
+        str | None, typer.Option(help="The widths to mix. Default: 2,3,4,8; SGLang reads 4,8 alone.")
+    ] = None,
     group: Annotated[
         int | None, typer.Option("--group", help="Columns that share a scale; -1: a row. Default: 128, or what fits.")
     ] = None,
@@ -80,11 +92,15 @@ def quantize(
             "model writes it, and must fit in memory whole for that."
         ),
     ] = "c4",
-    samples: Annotated[int, typer.Option(help="Calibration windows.")] = 128,
-    seqlen: Annotated[int, typer.Option(help="Tokens in a calibration window.")] = 512,
+    samples: Annotated[int | None, typer.Option(help="Calibration windows. Default: 128; fast 16, best 256.")] = None,
+    seqlen: Annotated[int | None, typer.Option(help="Tokens in a calibration window. Default: 512.")] = None,
     seed: Annotated[int, typer.Option(help="Chooses and orders the calibration text.")] = 0,
     keep: Annotated[
         list[str] | None, typer.Option(help="Regular expression: matching layers stay dense. May be repeated.")
+    ] = None,
+    without: Annotated[
+        list[str] | None,
+        typer.Option(help="Leave out a step (order, refine, search, sequence, target), to see its worth. Repeatable."),
     ] = None,
     dtype: Annotated[
         str | None, typer.Option(help="Of scales and dense tensors: float16, bfloat16, float32. Default: the model's.")
@@ -99,13 +115,13 @@ def quantize(
 ) -> None:
     """Quantize a dense model into a folder that transformers and vLLM load."""
     from wq import report
-    from wq.pipeline.quantizer import quantize as run
+    from wq.presets import quantize as run
 
-    started = time.perf_counter()
     with _progress("block", as_json) as update:
         made = run(
             model,
             output,
+            preset=preset,
             method=method,
             bits=bits,
             group_size=group,
@@ -116,13 +132,19 @@ def quantize(
             seqlen=seqlen,
             seed=seed,
             keep=keep or (),
+            without=without or (),
             dtype=dtype,
             device=device,
             revision=revision,
             overwrite=overwrite,
             trust_remote_code=trust_remote_code,
-            on_block=update and (lambda e: update(e["block"], e["blocks"], _block_note(e, started))),
+            target_bpw=target_bpw,
+            target_size=target_size,
+            mix=None if mix is None else _widths(mix),
+            on_mix=update and (lambda done, total: update(done, total, "", "choosing widths")),
+            on_block=update and partial(_block, update),
             on_sample=update and (lambda done, total: update(done, total, "", "sampled token")),
+            on_step=update and partial(_step, update),
         )
     if as_json:
         print(json.dumps(made))
@@ -130,16 +152,28 @@ def quantize(
     for layer in made["fallbacks"]:
         _err.print(f"! {layer['layer']}: rounded to nearest: {layer['fallback']}", style="yellow", markup=False)
     record = made["calibration"]
-    if record is not None and record["samples"] < samples:
-        short = f"! {record['source']} gave {record['samples']} windows, not {samples}"
+    if record is not None and record["samples"] < record["wanted"]:
+        short = f"! {record['source']} gave {record['samples']} windows, not {record['wanted']}"
         _err.print(short, style="yellow", markup=False)
+    if "reason" in made.get("distillation", {}):
+        _err.print(f"! not distilled: {made['distillation']['reason']}", style="yellow", markup=False)
     _out.print(f"{output}: {report.share(made)}", markup=False, highlight=False, soft_wrap=True)
+    for line in report.mixture(made["mixed"]) if "mixed" in made else ():
+        _out.print(line, markup=False, highlight=False, soft_wrap=True)
     _out.print(
         f"{report.size(made['source_bytes'])} → {report.size(made['checkpoint_bytes'])} in {made['seconds']:.0f} s, "
         f"peak memory {report.size(made['peak_rss_bytes'])}",
         highlight=False,
     )
     _out.print(f"next: wq eval {output} --base {model}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _widths(text: str) -> list[int]:
+    """`4,8`"""
+    try:
+        return [int(width) for width in text.split(",")]
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is no list of widths. Use --mix 4,8.") from None
 
 
 @app.command("eval")
@@ -449,12 +483,16 @@ def _progress(verb: str, quiet: bool) -> Iterator[Callable[..., None] | None]:
             yield move
 
 
-def _block_note(event: dict[str, Any], started: float) -> str:
-    """Errors of a block's layers, and the time its blocks take."""
+def _step(update: Callable[[int, int, str, str], None], done: int, total: int, kl: float) -> None:
+    update(done, total, f"KL {kl:.4f}", "distillation step")
+
+
+def _block(update: Callable[[int, int, str], None], event: dict[str, Any]) -> None:
+    """Errors of a block's layers, the time it took, and what is left if all others take as long."""
     errors = [f"{r['layer'].rpartition('.')[2]} {r['error']:.1e}" for r in event["layers"] if "error" in r]
-    spent = time.perf_counter() - started
-    left = spent / event["block"] * (event["blocks"] - event["block"])
-    return f"{'  '.join(errors)}  {event['seconds']:.1f} s  ETA {left:.0f} s".lstrip()
+    left = event["seconds"] * (event["blocks"] - event["block"])
+    note = f"{'  '.join(errors)}  {event['seconds']:.1f} s  ETA {left:.0f} s".lstrip()
+    update(event["block"], event["blocks"], note)
 
 
 if __name__ == "__main__":

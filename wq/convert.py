@@ -9,9 +9,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -22,6 +24,8 @@ from wq.checkpoint import Entry, ShardWriter, Spec, read_headers, read_tensor, s
 from wq.errors import CheckpointError, FormatError
 from wq.formats.stored import Packed, Stored
 from wq.hf.conversion import dense, read
+from wq.loaders.joined import targets
+from wq.scheme import Scheme
 
 _LEFT = (
     "config.json",
@@ -54,9 +58,7 @@ def convert(
     said = config["quantization_config"]
     stored = {name: quantized.describe(name, leaves, said) for name, leaves in layers.items()}
     wanted = {name: _wanted(name, info, to) for name, info in stored.items()}
-    schemes = {info.scheme for info in wanted.values()}
-    if len(schemes) > 1:
-        raise FormatError(f"{folder} holds {len(schemes)} schemes; a converted checkpoint has one for all layers.")
+    config["quantization_config"] = _config(target, wanted, _dense_names(said, unpacked, layers))
     specs = {name: Spec(entry.dtype, entry.shape) for name, entry in unpacked.items()}
     specs |= _specs(wanted)
     with staged(path, overwrite) as stage:
@@ -68,14 +70,23 @@ def convert(
                     writer.write(f"{name}.{leaf}", tensor)
                 if on_layer is not None:
                     on_layer(done + 1, len(layers))
-        keep = _dense_names(said, unpacked, layers)
-        config["quantization_config"] = target.config(next(iter(schemes)), keep)
         write_text(stage / "config.json", json.dumps(config, indent=2) + "\n")
         for file in folder.iterdir():
             if file.is_file() and file.suffix != ".safetensors" and file.name not in _LEFT:
                 shutil.copyfile(file, stage / file.name)
         manifest.write(stage)
     return {"output": str(path), "format": to, "layers": len(layers), "identical": len(layers)}
+
+
+def _config(target: ModuleType, wanted: Mapping[str, Stored], dense: list[str]) -> dict[str, Any]:
+    """The `quantization_config`, for one scheme or several. Raises FormatError where the format has one for all."""
+    schemes = {name: info.scheme for name, info in wanted.items()}
+    weights: Counter[Scheme] = Counter()
+    for info in wanted.values():
+        weights[info.scheme] += info.shape[0] * info.shape[1]
+    mixed = targets(schemes) if len(weights) > 1 else []
+    config: dict[str, Any] = target.config(weights.most_common(1)[0][0], dense, mixed)
+    return config
 
 
 def _wanted(name: str, info: Stored, to: str) -> Stored:

@@ -17,6 +17,10 @@ class GroupSizeError(SchemeError):
     """A group size that does not divide a layer's `in_features`."""
 
 
+class BudgetError(WqError, ValueError):
+    """A size that no mixture of widths has, or that is no size."""
+
+
 class UnknownNameError(WqError, ValueError):
     """A method, format or backend that no registry knows."""
 

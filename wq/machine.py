@@ -22,6 +22,18 @@ def default_device() -> str:
     return "cpu" if accelerator is None else str(accelerator)
 
 
+def free_bytes(device: str | torch.device) -> int:
+    """Memory that is free for use on a device; of the CPU, what the system says it can give without swapping."""
+    place = torch.device(device)
+    if place.type != "cpu":
+        return int(torch.get_device_module(place).mem_get_info(place)[0])
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):  # no Linux
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 def keep_memory_tight() -> None:
     """Have large freed tensors go back to the system at once, for the rest of this process.
 

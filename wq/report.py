@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -45,6 +46,30 @@ def share(report: dict[str, Any]) -> str:
     return f"quantized {part:,} of {whole:,} parameters ({part / whole:.1%})"
 
 
+def label(report: dict[str, Any]) -> str:
+    """How many bits, in a word: `4-bit`, or `3.5-bit mixed`."""
+    mixed = report.get("mixed")
+    return f"{report['scheme']['bits']}-bit" if mixed is None else f"{mixed['bits_per_weight']:.3g}-bit mixed"
+
+
+def mixture(mixed: dict[str, Any]) -> list[str]:
+    """What a target became, and who reads it, in a sentence each."""
+    bits = Counter(unit["bits"] for unit in mixed["units"])
+    counts = ", ".join(f"{count} of {width} bits" for width, count in sorted(bits.items()))
+    target = mixed["target"]
+    asked = (
+        f"of {target['bits_per_weight']:g}" if "bits_per_weight" in target else f"in {size(target['checkpoint_bytes'])}"
+    )
+    lines = [f"{mixed['bits_per_weight']:.4g} bits a weight {asked}: units {counts}"]
+    able = [verdict["loader"] for verdict in mixed["loaders"] if verdict["takes"]]
+    lines.append(f"read by wq, {', '.join(able)}" if able else "read by wq alone")
+    for verdict in mixed["loaders"]:
+        if verdict["takes"] is False:
+            why = verdict["why"][0]
+            lines.append(f"not by {verdict['loader']}: {why['where']}: {why['problem']} ({why['measured']})")
+    return lines
+
+
 def card(report: dict[str, Any]) -> str:
     """The model card, Markdown with the Hub's YAML header."""
     scheme = report["scheme"]
@@ -53,8 +78,8 @@ def card(report: dict[str, Any]) -> str:
     name = Path(report["model"]).name
     rows = [
         ("Base model", f"`{report.get('repo') or name}`"),
-        ("Method", report["method"].upper()),
-        ("Bits / group size / grid", f"{scheme['bits']} / {group} / {grid}"),
+        ("Method", _method(report)),
+        ("Bits / group size / grid", f"{_bits(report)} / {group} / {grid}"),
         ("Format", f"{report['format']}, {report['dtype']} scales and dense tensors"),
         ("Calibration", _calibration(report["calibration"])),
         ("Parameters", share(report)),
@@ -71,7 +96,7 @@ def card(report: dict[str, Any]) -> str:
     return "\n".join(
         [
             _header(report),
-            f"# {name}, {scheme['bits']}-bit",
+            f"# {name}, {label(report)}",
             "",
             *_usage(report["format"], scheme["symmetric"]),
             "| | |",
@@ -80,6 +105,7 @@ def card(report: dict[str, Any]) -> str:
             "",
             *_quality(report.get("evaluation")),
             *_tasks(report.get("tasks")),
+            *_widths(report.get("mixed")),
             *_fallbacks(report["fallbacks"]),
         ]
     )
@@ -103,8 +129,25 @@ def _header(report: dict[str, Any]) -> str:
     lines = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
     if report.get("repo"):
         lines += [f"base_model: {report['repo']}", "base_model_relation: quantized"]
-    tags = ["wq", report["method"], report["format"], f"{report['scheme']['bits']}-bit"]
+    tags = ["wq", report["method"], report["format"], label(report).replace(" ", "-")]
     return "\n".join([*lines, "tags:", *(f"- {tag}" for tag in dict.fromkeys(tags)), "---", ""])
+
+
+def _method(report: dict[str, Any]) -> str:
+    """The algorithm, the preset, and what became of distillation."""
+    words = [report["method"].upper()]
+    if "preset" in report:
+        words.append(f"preset {report['preset']}")
+    if report.get("without"):
+        words.append(f"without {', '.join(report['without'])}")
+    taught = report.get("distillation")
+    if taught and "reason" in taught:
+        words.append(f"not distilled: {taught['reason']}")
+    elif taught:
+        kl = taught["heldout_kl"]
+        state = "" if taught["kept"] else ", not kept"
+        words.append(f"distilled, KL on held-out calibration text {kl['before']:.4f} → {kl['after']:.4f}{state}")
+    return "; ".join(words)
 
 
 def _calibration(record: dict[str, Any] | None) -> str:
@@ -192,6 +235,31 @@ def paired(row: dict[str, Any]) -> str:
         return text
     error, better, worse, p = (row["paired"][key] for key in ("stderr", "better", "worse", "p"))
     return f"{text} ± {error:.4f}; {better} better, {worse} worse, p = {p:.2g}"
+
+
+def _bits(report: dict[str, Any]) -> str:
+    mixed = report.get("mixed")
+    if mixed is None:
+        return str(report["scheme"]["bits"])
+    return f"{', '.join(map(str, mixed['widths']))}, mixed to {mixed['bits_per_weight']:.4g} a weight"
+
+
+def _widths(mixed: dict[str, Any] | None) -> list[str]:
+    """The bits of every unit: a row for those of one name, a number for each block."""
+    if mixed is None:
+        return []
+    blocks = list(dict.fromkeys(unit["block"] for unit in mixed["units"]))
+    rows: dict[str, dict[str, str]] = {}
+    for unit in mixed["units"]:
+        rows.setdefault(", ".join(unit["layers"]), {})[unit["block"]] = str(unit["bits"])
+    table = [f"| {name} | {' '.join(bits.get(block, '–') for block in blocks)} |" for name, bits in rows.items()]
+    told = [f"- {line}" for line in mixture(mixed)]
+    how = (
+        f"Chosen for the least KL(dense ‖ quantized), measured on {mixed['judged_tokens']:,} tokens of calibration, "
+        "one unit quantized at a time."
+    )
+    head = ["| unit | bits, block by block |", "|---|---|"]
+    return ["## Bits by unit", "", *told, "", how, "", *head, *table, ""]
 
 
 def _fallbacks(fallbacks: list[dict[str, Any]]) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from wq.errors import GroupSizeError, SchemeError
 
@@ -90,3 +90,16 @@ class Scheme:
         if unknown:
             raise SchemeError(f"unknown scheme keys {sorted(unknown)}; known are {sorted(cls.__dataclass_fields__)}.")
         return cls(**values)
+
+
+class Targets(NamedTuple):
+    """Layers that have this scheme in a checkpoint of several, by what a config can call them.
+
+    names: each layer's, on disk and, where that differs, in the model. joined: what loaders call all of them, if they
+    join them into one layer. experts: instead of names, a regular expression for a module whose matrices these are.
+    """
+
+    scheme: Scheme
+    names: tuple[str, ...]
+    joined: str = ""
+    experts: str = ""

@@ -2,7 +2,9 @@
 
 recipes: a name is the export format (`auto_round`, `auto_round:auto_gptq`, `auto_round:gptqmodel`,
 `auto_round:auto_awq`, `auto_gptq`, `auto_awq`, `llm_compressor`), but for `mixed` (`auto_round`, `v_proj` at 8 bits and
-one layer dense), `mixed-gptq`, `mixed-ct` and `head` (the head quantized too).
+one layer dense), `mixed-gptq`, `mixed-ct` and `head` (the head quantized too). These tune for a few steps only, which
+is enough for a format. `opt-rtn`, `light`, `default` and `best` are the recipes of the package's own command line, with
+its steps, batches and rates, in the format `auto_round`; the windows stay those of `--ids`.
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ FORMATS = (
     "llm_compressor",
 )
 MIXED = {"mixed": "auto_round", "mixed-gptq": "auto_gptq", "mixed-ct": "llm_compressor", "head": "auto_round"}
-STEPS = 8  # of its optimizer; the format does not depend on them
+RECIPES = {"opt-rtn": "opt_rtn", "light": "light", "default": "default", "best": "best"}  # as the package names them
+STEPS = 8  # of its optimizer, where only the format matters
 
 
 def quantize(options: argparse.Namespace, ids: Tensor) -> None:
@@ -42,15 +45,29 @@ def quantize(options: argparse.Namespace, ids: Tensor) -> None:
         layers = {"v_proj": {"bits": 8}, "model.layers.0.self_attn.o_proj": {"bits": 16}}
     if options.recipe == "head":
         layers = {"lm_head": {"bits": options.bits}}
-    data = {"dataset": list(ids.split(4)), "nsamples": len(ids), "seqlen": ids.shape[1], "batch_size": 4}
+    tuning = recipe(options)
+    data = {"dataset": list(ids.split(tuning["batch_size"])), "nsamples": len(ids), "seqlen": ids.shape[1]}
     rounder = AutoRound(
-        model, tokenizer, **grid, iters=STEPS, layer_config=layers, device_map="cpu", enable_torch_compile=False, **data
+        model, tokenizer, **grid, **tuning, **data, layer_config=layers, device_map="cpu", enable_torch_compile=False
     )
-    rounder.quantize_and_save(str(options.out), format=MIXED.get(options.recipe, options.recipe))
+    form = "auto_round" if options.recipe in RECIPES else MIXED.get(options.recipe, options.recipe)
+    rounder.quantize_and_save(str(options.out), format=form)
     for inner in [config.parent for config in options.out.glob("*/config.json")]:  # it makes a folder of its own inside
         for file in inner.iterdir():
             file.rename(options.out / file.name)
         inner.rmdir()
+
+
+def recipe(options: argparse.Namespace) -> dict[str, Any]:
+    """Steps, batches and rates of its optimizer."""
+    if options.recipe not in RECIPES:
+        return {"iters": STEPS, "batch_size": 4}
+    from auto_round.cli.main import RECIPES as OWN
+
+    tuning = {name: value for name, value in OWN[RECIPES[options.recipe]].items() if name not in ("seqlen", "nsamples")}
+    if options.recipe == "best" and options.bits == 2:
+        tuning["enable_alg_ext"] = True  # what its README recommends for 2 bits
+    return tuning
 
 
 def dequantize(checkpoint: Path) -> common.Weights:
@@ -92,4 +109,4 @@ def layer_weight(local: dict[str, Tensor], packing: str, said: dict, wide: bool)
 
 
 if __name__ == "__main__":
-    common.run("auto-round", common.arguments(__doc__, (*FORMATS, *MIXED)), quantize, dequantize)
+    common.run("auto-round", common.arguments(__doc__, (*FORMATS, *MIXED, *RECIPES)), quantize, dequantize)

@@ -37,6 +37,8 @@ def quantize(options: argparse.Namespace, ids: Tensor) -> None:
     """Calibrate on `ids` `[n, tokens]` and save a folder."""
     from awq import AutoAWQForCausalLM
 
+    if options.bits != 4 or not options.asymmetric:
+        raise SystemExit("unsupported: AutoAWQ packs 4 bits with zero points only")
     grid = {"zero_point": options.asymmetric, "q_group_size": options.group, "w_bit": options.bits}
     grid["version"] = options.recipe
     with tempfile.TemporaryDirectory() as folder:

@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -46,9 +47,10 @@ def windows(path: Path | None, source: Path) -> Tensor:
 
 
 def note(out: Path, package: str, options: argparse.Namespace) -> None:
-    """Leave a note beside the checkpoint: package, its version, recipe, and the grid that was asked for."""
-    said = {"peer": package, "version": importlib.metadata.version(package), "recipe": options.recipe}
+    """Leave a note beside the checkpoint: package, versions, recipe, and the grid that was asked for."""
+    said: dict[str, Any] = {"peer": package, "version": importlib.metadata.version(package), "recipe": options.recipe}
     said |= {"bits": options.bits, "group": options.group, "symmetric": not options.asymmetric}
+    said["versions"] = {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
     (out / NOTE).write_text(json.dumps(said, indent=2) + "\n")
 
 

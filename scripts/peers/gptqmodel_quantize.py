@@ -2,7 +2,8 @@
 
 recipes: `gptq` (every default), `act-order` (`desc_act`), `v2` (format `gptq_v2`), `dynamic` (`v_proj` at 8 bits,
 `o_proj` of the first block dense), `head` (quantizes the head too), `awq` (gemm), `gemv` (AWQ in the gemv layout),
-`gemv-fast`.
+`gemv-fast`; for the best quality, `best` (act-order, and the search for scales that its README recommends), `gptaq` and
+`foem` (the same with these corrections, each with its default strength).
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ from torch import Tensor, nn
 
 os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # its thread pool wants two, whatever the machine has
 
-RECIPES = ("gptq", "act-order", "v2", "dynamic", "head", "awq", "gemv", "gemv-fast")
+LAYOUTS = {"awq": "gemm", "gemv": "gemv", "gemv-fast": "gemv_fast"}
+RECIPES = ("gptq", "act-order", "v2", "dynamic", "head", *LAYOUTS, "best", "gptaq", "foem")
+BEST = {"desc_act": True, "act_group_aware": False, "mse": 2.4}  # the one exponent that its documentation names
 
 
 def settings(options: argparse.Namespace) -> dict:
@@ -33,9 +36,12 @@ def settings(options: argparse.Namespace) -> dict:
         found |= {"dynamic": {r"+:.*\.v_proj$": {"bits": 8}, r"-:model\.layers\.0\.self_attn\.o_proj$": {}}}
     elif options.recipe == "head":
         found |= {"lm_head": True}
-    elif options.recipe in ("awq", "gemv", "gemv-fast"):
-        layout = {"awq": "gemm", "gemv": "gemv", "gemv-fast": "gemv_fast"}[options.recipe]
-        found |= {"quant_method": "awq", "format": layout}
+    elif options.recipe in LAYOUTS:
+        found |= {"quant_method": "awq", "format": LAYOUTS[options.recipe]}
+    elif options.recipe in ("best", "gptaq", "foem"):
+        from gptqmodel.quantization.config import FOEMConfig, GPTAQConfig
+
+        found |= BEST | {"gptaq": {"gptaq": GPTAQConfig()}, "foem": {"foem": FOEMConfig()}}.get(options.recipe, {})
     return found
 
 

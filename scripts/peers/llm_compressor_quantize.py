@@ -1,8 +1,9 @@
 """llm-compressor: make a compressed-tensors checkpoint, or write one's weights as compressed-tensors dequantizes them.
 
 recipes: `gptq` (the package's default order of columns), `gptq-static` and `gptq-unordered` (that order named, or
-none), `awq`, `rtn` (no data), `mixed` (GPTQ, `v_proj` and `down_proj` at 8 bits in groups of a row), `head` (round to
-nearest, with a head of its own quantized too).
+none), `gptq-mse` (GPTQ with its search for scales that weighs inputs), `awq`, `rtn` (no data), `mixed` (GPTQ, `v_proj`
+and `down_proj` at 8 bits in groups of a row), `head` (round to nearest, with a head of its own quantized too). What a
+float32 model keeps is stored in float16, as scales of such models usually are.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import common
 import torch
 from torch import Tensor
 
-RECIPES = ("gptq", "gptq-static", "gptq-unordered", "awq", "rtn", "mixed", "head")
+RECIPES = ("gptq", "gptq-static", "gptq-unordered", "gptq-mse", "awq", "rtn", "mixed", "head")
 
 
 def modifiers(options: argparse.Namespace) -> list:
@@ -25,7 +26,9 @@ def modifiers(options: argparse.Namespace) -> list:
     from llmcompressor.modifiers.quantization import QuantizationModifier
 
     def scheme(bits: int, group: int, targets: list[str]) -> QuantizationScheme:
-        strategy = {"strategy": "channel"} if group < 0 else {"strategy": "group", "group_size": group}
+        strategy: dict[str, Any] = {"strategy": "channel"} if group < 0 else {"strategy": "group", "group_size": group}
+        if options.recipe == "gptq-mse":
+            strategy |= {"observer": "imatrix_mse"}
         weights = QuantizationArgs(num_bits=bits, type="int", symmetric=not options.asymmetric, **strategy)
         return QuantizationScheme(targets=targets, weights=weights)
 
@@ -57,6 +60,8 @@ def quantize(options: argparse.Namespace, ids: Tensor) -> None:
     columns = {"input_ids": ids.tolist(), "attention_mask": torch.ones_like(ids).tolist()}
     data = {"dataset": Dataset.from_dict(columns), "num_calibration_samples": len(ids), "max_seq_length": ids.shape[1]}
     oneshot(model=model, processor=tokenizer, recipe=modifiers(options), **data)
+    if model.dtype is torch.float32:
+        model.half()
     model.save_pretrained(options.out, save_compressed=True)
     tokenizer.save_pretrained(options.out)
 

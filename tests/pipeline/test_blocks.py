@@ -20,6 +20,7 @@ from transformers import (
 
 from wq.errors import ModelError
 from wq.pipeline import blocks as decoder
+from wq.pipeline.statistics import collect
 from wq.structure.linears import find_linears
 from wq.structure.towers import find_towers, model_class
 
@@ -49,7 +50,7 @@ def test_layers_that_share_an_input_are_found_without_a_table(architecture: str,
     blocks = tower.blocks
     captured = decoder.capture(tower.root, blocks, inputs(torch.randint(2, 258, (2, 16))), architecture)
     linears = find_linears(blocks[0], f"{tower.blocks_path}.0", [])
-    groups, producers = decoder.trace(blocks[0], linears, lambda: captured.run(blocks[0], 0, 0))
+    groups, producers, _ = decoder.trace(blocks[0], linears, lambda: captured.run(blocks[0], 0, 0))
     short = [sorted(name.rpartition(".")[2] for name in group) for group in groups]
     assert sorted(short) == sorted(sorted(group) for group in GROUPS[architecture])
     assert "norm" in producers[groups[0][0]][0].lower()
@@ -117,7 +118,7 @@ def test_only_the_text_of_a_model_that_sees_is_a_stack_of_blocks(architecture: s
 def test_statistics_are_the_mean_of_x_xt_over_every_token(generator: torch.Generator) -> None:
     layer = nn.Linear(24, 8)
     inputs = [torch.randn(3, 7, 24, generator=generator), torch.randn(1, 5, 24, generator=generator)]
-    (statistics,) = decoder.collect([layer], lambda i: layer(inputs[i]), 2)
+    (statistics,) = collect([layer], lambda i: layer(inputs[i]), 2)
     rows = torch.cat([x.flatten(0, 1) for x in inputs]).double()
     expected = rows.T @ rows / len(rows)
     assert statistics.tokens == 26
@@ -132,7 +133,7 @@ def test_a_pass_stops_once_it_has_what_it_came_for() -> None:
         second(first(torch.ones(1, 4)))
         ran.append(batch)
 
-    decoder.collect([first], run, 3)
+    collect([first], run, 3)
     assert ran == []
 
 

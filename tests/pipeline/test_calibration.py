@@ -67,6 +67,7 @@ def test_the_seed_orders_the_text_and_the_fingerprint_tells() -> None:
     assert one.describe() == {
         "source": "texts",
         "samples": 4,
+        "wanted": 4,
         "seqlen": 64,
         "seed": 0,
         "sha256": one.fingerprint,

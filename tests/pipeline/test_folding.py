@@ -40,7 +40,7 @@ def test_scales_fold_where_the_block_allows_it_and_the_model_stays_the_same(
     captured = decoder.capture(tower.root, tower.blocks, inputs, architecture)
     block = tower.blocks[0]
     linears = find_linears(block, f"{tower.blocks_path}.0", [])
-    groups, producers = decoder.trace(block, linears, lambda: captured.run(block, 0, 0))
+    groups, producers, _ = decoder.trace(block, linears, lambda: captured.run(block, 0, 0))
     folded = set()
     for group in groups:
         fold = folding.find(block, group, producers.get(group[0]))

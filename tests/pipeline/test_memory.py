@@ -15,7 +15,7 @@ CODE = """
 import json, sys
 from wq.pipeline.quantizer import quantize
 texts = [f"{i} little words in a row, and some more of them to fill it" for i in range(99)]
-report = quantize(sys.argv[1], sys.argv[2], calibration=texts, samples=8, seqlen=64)
+report = quantize(sys.argv[1], sys.argv[2], calibration=texts, samples=8, seqlen=64, without=["refine"])
 print(json.dumps(report["peak_rss_bytes"]))
 """
 

@@ -124,12 +124,19 @@ def test_progress_counts_tokens(source: Source, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_model_calibrates_itself(tiny_model: TinyModel, tmp_path: Path) -> None:
-    options: dict[str, Any] = {"calibration": "self", "samples": 12, "seqlen": 24, "group_size": 32, "method": "awq"}
+    options: dict[str, Any] = {
+        "calibration": "self",
+        "samples": 12,
+        "seqlen": 24,
+        "group_size": 32,
+        "method": "awq",
+    }
     made = [
         quantize(tiny_model(), tmp_path / name, seed=seed, **options) for name, seed in (("a", 3), ("b", 3), ("c", 4))
     ]
     record = made[0]["calibration"]
-    assert {**record, "sha256": ""} == {"source": "self", "samples": 12, "seqlen": 24, "seed": 3, "sha256": ""}
+    described = {"source": "self", "samples": 12, "wanted": 12, "seqlen": 24, "seed": 3, "sha256": ""}
+    assert {**record, "sha256": ""} == described
     assert made[1]["calibration"] == record
     assert made[2]["calibration"]["sha256"] != record["sha256"]
     one, again = ((tmp_path / name / "model.safetensors").read_bytes() for name in "ab")

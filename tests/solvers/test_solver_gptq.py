@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -180,10 +181,11 @@ def test_dead_columns_are_counted_rounded_to_nearest_and_change_no_other(generat
     assert torch.equal(s.codes[:, dead], grid.quantize(w, s.scale, s.zero, scheme)[:, dead])
     assert (s.codes == textbook(w, known, s.scale, s.zero, 16)).double().mean() >= 0.999
     live = torch.ones(96, dtype=torch.bool).index_fill(0, torch.tensor(dead), False)
-    moved = gptq._sweep(
-        torch.where(live, w, 100.0), known.second_moment.diagonal(), gptq.inverse_factor(known.second_moment, 2000)[0],
-        s.scale, s.zero, scheme,
-    )  # fmt: skip
+    order, factor = (
+        gptq.activation_order(known.second_moment.diagonal()),
+        gptq.inverse_factor(known.second_moment, 2000),
+    )
+    moved = gptq._sweep(torch.where(live, w, 100.0), order, factor[0], s.scale, s.zero, scheme)
     assert torch.equal(moved[:, live], s.codes[:, live])
 
 
@@ -249,3 +251,24 @@ def test_hard_hessians_still_gain_over_rounding(case: str, generator: torch.Gene
     s, plain = gptq.solve(w, Statistics(moment, 400), Scheme(4, 32)), rtn.solve(w, None, Scheme(4, 32))
     mine, floor = (output_error(w, dense(x), moment) for x in (s, plain))
     assert mine <= floor
+
+
+@pytest.mark.parametrize("scheme", [Scheme(4, 32), Scheme(2, 32, False), Scheme(3, -1)], ids=name_of)
+@pytest.mark.parametrize("case", hard_hessians())
+def test_hard_hessians_are_refined_and_retargeted_without_harm(
+    case: str, scheme: Scheme, generator: torch.Generator
+) -> None:
+    moment, impossible = hard_hessians()[case]
+    w, heldout = weights(generator, 24, 64), Statistics(moment, 100)
+    s = gptq.solve(w, Statistics(moment, 400, heldout=heldout), scheme)
+    assert dense(s).isfinite().all()
+    if not impossible:
+        mine, floor = (output_error(w, dense(x), moment) for x in (s, rtn.solve(w, None, scheme)))
+        assert mine <= floor
+    drift = 0.1 * moment.roll(1, 0)
+    drifted = Statistics(moment, 400, drift, drift[:24], replace(heldout, drift=drift, residual=drift[:24]))
+    s = gptq.solve(w, drifted, scheme)
+    assert ("fallback" in s.stats) is impossible
+    assert s.scale.isfinite().all()
+    assert dense(s).isfinite().all()
+    json.dumps(s.stats, allow_nan=False)

@@ -6,8 +6,9 @@ A format is a module with
     def check(scheme, shape, name) -> None          raise FormatError if it cannot hold this layer
     def pack(solution, scheme) -> dict              tensors by local name (`weight_packed`, ...)
     def unpack(tensors, scheme, shape) -> Solution  the inverse: `unpack(pack(s), ...) == s`, bit for bit
-    def config(scheme, dense) -> dict               the `quantization_config` of config.json; `dense` lists the modules
-                                                    (on-disk names) that stay as they were
+    def config(scheme, dense, mixed=()) -> dict     the `quantization_config` of config.json; `dense` lists the modules
+                                                    (on-disk names) that stay as they were; `mixed` has all others, a
+                                                    `Targets` for each, where not all have `scheme`
 
 and, to read and rewrite files of any origin (see `wq.formats.stored`),
 

@@ -16,7 +16,7 @@ with columns and groups in order. `gemv_fast` is not: it rounds `scale * zero` t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ from torch import Tensor
 from wq.errors import CheckpointError, FormatError
 from wq.formats import stored
 from wq.formats.stored import Leaf, Packed, Read, Stored
-from wq.scheme import PER_CHANNEL, STORED_BITS, Scheme
+from wq.scheme import PER_CHANNEL, STORED_BITS, Scheme, Targets
 from wq.solvers import Solution
 from wq_kernels import stream as bits
 
@@ -67,8 +67,10 @@ def unpack(tensors: dict[str, Tensor], scheme: Scheme, shape: tuple[int, int]) -
     return Solution(codes, tensors["scales"].t().contiguous(), zero, {})
 
 
-def config(scheme: Scheme, dense: list[str]) -> dict[str, Any]:
-    """`quantization_config`; dense modules go to `modules_to_not_convert`."""
+def config(scheme: Scheme, dense: list[str], mixed: Sequence[Targets] = ()) -> dict[str, Any]:
+    """`quantization_config`; dense modules go to `modules_to_not_convert`. Raises FormatError for several schemes."""
+    if any(one.scheme != scheme for one in mixed):
+        raise FormatError("awq has one scheme for all layers. Use --format compressed-tensors or gptq.")
     return {
         "quant_method": QUANT_METHOD,
         "bits": 4,

@@ -12,7 +12,7 @@ word holds, and up to 0.9.3 left zero points as signed int8 `[out, groups]`; suc
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor
 from wq.errors import CheckpointError
 from wq.formats import patterns, stored
 from wq.formats.stored import Leaf, Packed, Read, Stored
-from wq.scheme import PER_CHANNEL, STORED_BITS, Scheme
+from wq.scheme import PER_CHANNEL, STORED_BITS, Scheme, Targets
 from wq.solvers import Solution
 from wq_kernels import stream as bits
 
@@ -58,8 +58,27 @@ def unpack(tensors: dict[str, Tensor], scheme: Scheme, shape: tuple[int, int]) -
     return Solution(codes, scale, zero, {})
 
 
-def config(scheme: Scheme, dense: list[str]) -> dict[str, Any]:
-    """`quantization_config`; `dense` becomes its ignore list."""
+def config(scheme: Scheme, dense: list[str], mixed: Sequence[Targets] = ()) -> dict[str, Any]:
+    """`quantization_config`; `dense` becomes its ignore list.
+
+    A group for each scheme. Of several, each names its layers: vLLM before 0.33 and SGLang look for a class, `Linear`,
+    before they look for the parts of a joined layer.
+    """
+    places: dict[Scheme, list[str]] = {} if mixed else {scheme: ["Linear"]}
+    for one in sorted(mixed, key=lambda one: (one.scheme.bits, one.names, one.experts)):
+        pattern = [rf"re:{one.experts}\.\d+\."] if one.experts else []
+        places.setdefault(one.scheme, []).extend([*one.names, *pattern])
+    groups = {f"group_{index}": _group(*one) for index, one in enumerate(places.items())}
+    return {
+        "quant_method": QUANT_METHOD,
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": groups,
+        "ignore": sorted(dense),
+    }
+
+
+def _group(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
     channel = scheme.group_size == PER_CHANNEL
     weights = {
         "num_bits": scheme.bits,
@@ -73,16 +92,7 @@ def config(scheme: Scheme, dense: list[str]) -> dict[str, Any]:
         "observer": "minmax",
         "observer_kwargs": {},
     }
-    group = {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None}
-    return {
-        "quant_method": QUANT_METHOD,
-        "format": "pack-quantized",
-        "quantization_status": "compressed",
-        "config_groups": {"group_0": group},
-        "ignore": sorted(dense),
-        "kv_cache_scheme": None,
-        "global_compression_ratio": None,
-    }
+    return {"targets": targets, "weights": weights, "input_activations": None, "output_activations": None}
 
 
 def inspect(

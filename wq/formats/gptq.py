@@ -14,7 +14,7 @@ which undoes how it writes them; fields of other widths one by one. AutoRound's 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from torch import Tensor
 from wq.errors import CheckpointError, FormatError
 from wq.formats import stored
 from wq.formats.stored import Leaf, Packed, Read, Stored
-from wq.scheme import PER_CHANNEL, Scheme
+from wq.scheme import PER_CHANNEL, Scheme, Targets
 from wq.solvers import Solution
 from wq_kernels import stream as bits
 
@@ -71,9 +71,20 @@ def unpack(tensors: dict[str, Tensor], scheme: Scheme, shape: tuple[int, int]) -
     return Solution(codes, tensors["scales"].t().contiguous(), zero, {})
 
 
-def config(scheme: Scheme, dense: list[str]) -> dict[str, Any]:
-    """`quantization_config`; dense modules but the head are excluded by GPTQModel's `dynamic` rules."""
-    skip: dict[str, Any] = {f"-:^{re.escape(name)}$": {} for name in sorted(dense) if name != "lm_head"}
+def config(scheme: Scheme, dense: list[str], mixed: Sequence[Targets] = ()) -> dict[str, Any]:
+    """`quantization_config`; dense modules but the head are excluded by GPTQModel's `dynamic` rules.
+
+    Layers of another width than `scheme` have rules of their own, also under the names that vLLM and SGLang look them
+    up by when they join them. Raises FormatError where some layers are symmetric and some are not: version 1 or 2 is
+    all layers' choice.
+    """
+    rules: dict[str, Any] = {f"-:^{re.escape(name)}$": {} for name in sorted(dense) if name != "lm_head"}
+    for one in mixed:
+        changed = _changed(one, scheme)
+        names = [*one.names, one.joined] if one.joined else one.names
+        if changed:
+            rules |= {f"+:^{re.escape(name)}$": changed for name in names}
+            rules |= {rf"+:{one.experts}(\.|$)": changed} if one.experts else {}
     values = {
         "quant_method": QUANT_METHOD,
         "bits": scheme.bits,
@@ -84,7 +95,17 @@ def config(scheme: Scheme, dense: list[str]) -> dict[str, Any]:
         "checkpoint_format": "gptq" if scheme.symmetric else "gptq_v2",
         "pack_dtype": "int32",
     }
-    return values | ({"dynamic": skip} if skip else {})
+    return values | ({"dynamic": rules} if rules else {})
+
+
+def _changed(one: Targets, scheme: Scheme) -> dict[str, int]:
+    """What a rule has to say of layers."""
+    own = one.scheme
+    if own.symmetric != scheme.symmetric:
+        name = (*one.names, one.experts)[0]
+        raise FormatError(f"{name}: gptq has symmetric layers or asymmetric ones, not both. Use compressed-tensors.")
+    changed = {"bits": own.bits} if own.bits != scheme.bits else {}
+    return changed | ({"group_size": own.group_size} if own.group_size != scheme.group_size else {})
 
 
 def inspect(

@@ -23,10 +23,12 @@ def load(
     dtype: str | torch.dtype = "auto",
     device: str | torch.device | None = None,
     revision: str | None = None,
+    dequantize: bool = False,
 ) -> tuple[PreTrainedModel, Any]:
     """A model to run and its tokenizer, from a dense or quantized repo or folder, or a GGUF file.
 
-    Quantized ones load packed; dense ones stay dense. Raises ModelError when there is no model to load.
+    Quantized ones load packed, or dense with `dequantize`; dense ones stay dense. Raises ModelError when there is no
+    model to load.
     """
     name = os.fspath(model)
     path = Path(name).expanduser()
@@ -42,7 +44,7 @@ def load(
         config = read_config(location["pretrained_model_name_or_path"], revision)
         kind = model_class(config)
         if getattr(config, "quantization_config", None) is not None:
-            options["quantization_config"] = WqConfig()
+            options["quantization_config"] = WqConfig(dequantize=dequantize)
     try:
         with _quiet():
             loaded = kind.from_pretrained(**location, **options)

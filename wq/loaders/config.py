@@ -32,6 +32,45 @@ def names_head(said: Mapping[str, Any], name: str) -> bool:
     return any(matches(name, target) for target in _targets(said))
 
 
+def width(said: Mapping[str, Any], name: str, parts: tuple[str, ...], class_first: bool) -> int | None:
+    """The bits that a loader takes a layer to have, whose parts it joins under `name`; None if the config has no word.
+
+    class_first: whether the loader prefers a group of compressed-tensors that means all linear layers to one that names
+    the parts.
+    """
+    method = said.get("quant_method")
+    if method == "gptq":
+        rule = _rule(said, name)
+        bits = said.get("bits") if rule is None else rule.get("bits", said.get("bits"))
+    elif method == "compressed-tensors":
+        bits = _group_width(said, name, parts, class_first)
+    else:
+        bits = None
+    return bits if type(bits) is int else None
+
+
+def _rule(said: Mapping[str, Any], name: str) -> Mapping[str, Any] | None:
+    """The first of gptq's `dynamic` rules that matches a module, if it does not leave it out."""
+    dynamic = said.get("dynamic")
+    for rule, values in dynamic.items() if isinstance(dynamic, Mapping) else ():
+        if patterns.matches(rule.removeprefix("-:").removeprefix("+:"), name):
+            return values if isinstance(values, Mapping) and not rule.startswith("-:") else None
+    return None
+
+
+def _group_width(said: Mapping[str, Any], name: str, parts: tuple[str, ...], class_first: bool) -> Any:
+    widths: dict[str, Any] = {}
+    for group in groups(said).values():
+        weights = group.get("weights")
+        if isinstance(weights, Mapping):
+            widths |= dict.fromkeys(texts(group.get("targets")), weights.get("num_bits"))
+    by_part = [next((target for target in widths if matches(part, target)), None) for part in parts]
+    places = [by_part[0] if all(by_part) else None, "Linear" if "Linear" in widths else None]
+    by_name = next((target for target in widths if matches(name, target)), None)
+    found = next((place for place in (by_name, *(places[::-1] if class_first else places)) if place), None)
+    return None if found is None else widths[found]
+
+
 def groups(said: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     """The groups of compressed-tensors' config that can be read."""
     found = said.get("config_groups")

@@ -10,20 +10,11 @@ from typing import Any
 from wq.formats import compressed_tensors
 from wq.formats.stored import Stored
 from wq.loaders import kernels
-from wq.loaders.config import excluded, groups, names_head
+from wq.loaders.config import excluded, groups, names_head, width
+from wq.loaders.joined import EXPERT, joined
 from wq.loaders.kernels import MARLIN_GROUPS, Kernel, Layer, either
 from wq.scheme import PER_CHANNEL
 
-# What vLLM and SGLang join into one layer, by its name there: all parts are quantized alike, or none is.
-FUSED = {
-    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
-    "gate_up_proj": ("gate_proj", "up_proj"),
-    "fused_qkv_a_proj": ("q_a_proj", "kv_a_proj_with_mqa"),
-    "in_proj_qkvz": ("in_proj_qkv", "in_proj_z"),
-    "in_proj_ba": ("in_proj_b", "in_proj_a"),
-}
-_JOINED = {part: name for name, parts in FUSED.items() for part in parts}
-_EXPERT = re.compile(r"^(?P<experts>.*\.experts)\.\d+\.[^.]+$")
 _BLOCK = re.compile(r"\.\d+\.")
 _UNSTABLE = ("gemma2", "gemma3", "gemma3_text", "glm4")  # model types that vLLM does not run in float16
 _CONVERT = "Convert it: wq convert IN OUT --to compressed-tensors."
@@ -95,19 +86,6 @@ def _and_more(names: list[str]) -> str:
 # --- layers as vLLM and SGLang multiply them ---
 
 
-def joined(names: Iterable[str]) -> dict[str, tuple[str, ...]]:
-    """Layers as they are joined: `{name: parts}`; one that is not joined is its own only part. Without experts."""
-    present = {name for name in names if not _EXPERT.match(name)}
-    found: dict[str, tuple[str, ...]] = {}
-    for name in sorted(present):
-        parent, dot, leaf = name.rpartition(".")
-        whole = _JOINED.get(leaf)
-        parts = tuple(parent + dot + part for part in FUSED[whole]) if whole else (name,)
-        parts = tuple(part for part in parts if part in present)
-        found[f"{parent}{dot}{whole}" if len(parts) > 1 else name] = parts
-    return found
-
-
 def _packed_layers(verdict: Verdict, who: str) -> Iterator[Layer]:
     """Joined layers that are packed on one grid; those that are half dense, or on several, are refused."""
     checkpoint = verdict.checkpoint
@@ -118,9 +96,18 @@ def _packed_layers(verdict: Verdict, who: str) -> Iterator[Layer]:
             told = ", ".join(f"{part.rpartition('.')[2]} {_words(grid)}" for part, grid in grids.items())
             what = f"{who} joins its parts into one layer, and they are not stored alike"
             verdict.refuse(name, what, told, "Quantize all of its parts in one scheme, or keep all of them.")
-        elif first is not None:
+        elif first is not None and _finds(verdict, who, name, parts, first[0]):
             rows = sum(checkpoint.layers[part].shape[0] for part in parts)
             yield Layer(name, *first, rows, checkpoint.layers[parts[0]].shape[1])
+
+
+def _finds(verdict: Verdict, who: str, name: str, parts: tuple[str, ...], bits: int) -> bool:
+    """Whether the config gives a joined layer its width under the name that it is looked up by."""
+    said = width(verdict.checkpoint.said, name, parts, class_first=who == "SGLang")
+    if said not in (None, bits):
+        what = f"{who} looks it up under this name, and the config gives that another width"
+        verdict.refuse(name, what, f"{said} bits said, {bits} stored", "Convert it with wq, which writes all names.")
+    return said in (None, bits)
 
 
 def _words(grid: Grid | None) -> str:
@@ -202,6 +189,11 @@ def _gptq_grids(verdict: Verdict, who: str) -> None:
     if group not in MARLIN_GROUPS:
         what = f"{who} takes gptq in groups of {either(MARLIN_GROUPS)}"
         verdict.refuse("config.json", what, f"group_size {group}", _CONVERT)
+    for name in verdict.checkpoint.layers:
+        own = verdict.checkpoint.grid(name)
+        if own[0] not in (4, 8, bits) or own[1] not in (*MARLIN_GROUPS, group):
+            what = f"{who} takes gptq of 4 or 8 bits in groups of {either(MARLIN_GROUPS)}"
+            verdict.refuse(name, what, _words(own), _CONVERT)
 
 
 # --- experts ---
@@ -212,7 +204,7 @@ def _expert_modules(checkpoint: Checkpoint) -> dict[str, tuple[list[str], list[s
     found: dict[str, tuple[list[str], list[str]]] = {}
     for place, names in enumerate((checkpoint.layers, checkpoint.dense)):
         for name in sorted(names):
-            if match := _EXPERT.match(name):
+            if match := EXPERT.match(name):
                 found.setdefault(match["experts"], ([], []))[place].append(name)
     return found
 
@@ -236,7 +228,10 @@ def _experts(verdict: Verdict, who: str) -> Iterator[tuple[str, list[str]]]:
             what = f"{who} joins all experts, and they are not stored alike"
             verdict.refuse(module, what, told, "Quantize all experts in one scheme, or keep all of them.")
         elif packed:
-            yield module, packed
+            by_part = checkpoint.method == "compressed-tensors"  # of one expert
+            names = {name.rpartition(".")[2]: name for name in packed[::-1]}.values() if by_part else [module]
+            if all(_finds(verdict, who, name, (name,), next(iter(grids))[0]) for name in names):
+                yield module, packed
         elif checkpoint.method != "compressed-tensors" and not excluded(said, module):
             verdict.refuse(module, untold, f"no entry for {module}", "Use --format compressed-tensors.")
 

@@ -7,19 +7,16 @@ whatever else surrounds the blocks is the model's own code.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from wq.errors import ModelError, first_line
-from wq.solvers import Statistics
-from wq.structure.linears import is_linear, matrix
-
-_HELD_OUT = 8  # one batch in so many decides, and is not fitted to
+from wq.structure.linears import is_linear
 
 
 @dataclass
@@ -59,13 +56,13 @@ class Captured:
         rest = self.rest[batch]
         return hidden if rest is None else (hidden, *rest)
 
-    def advance(self, block: nn.Module, index: int) -> None:
-        """Replace the hidden states by the block's output."""
+    def advance(self, block: nn.Module, index: int, outputs: Sequence[Tensor] = ()) -> None:
+        """Replace the hidden states by the block's output, which may be known already."""
         for batch in range(len(self.hidden)):
-            self.hidden[batch] = self.run(block, index, batch)
+            self.hidden[batch] = outputs[batch] if outputs else self.run(block, index, batch)
 
 
-class _Stop(Exception):
+class Stop(Exception):
     """Ends a forward pass whose rest is not needed."""
 
 
@@ -224,7 +221,7 @@ def trace(block: nn.Module, readers: dict[str, nn.Module], run: Callable[[], Any
         if not name or not any(module.children()):
 
             def arrive(module: nn.Module, args: Any, kwargs: dict[str, Any], name: str = name) -> None:
-                inputs.append((_hidden(args, kwargs), name))
+                inputs.append((first_hidden(args, kwargs), name))
 
             def leave(module: nn.Module, args: Any, out: Any, name: str = name) -> None:
                 outputs.append((out[0] if isinstance(out, (tuple, list)) else out, name, module))
@@ -256,137 +253,24 @@ def _residuals(
     found = {}
     for name in (group[0] for group in groups if len(group) == 1 and group[0] in made):
         out = made[name]
-        alike = [(value, source) for value, source in stream if _alike(value, out)]
-        totals = [total for total in sums if _alike(total, out)]
-        source = next((source for r, source in alike if any(torch.equal(r + out, total) for total in totals)), None)
+        addends = [(value.reshape(out.shape), source) for value, source in stream if _alike(value, out)]
+        totals = [total.reshape(out.shape) for total in sums if _alike(total, out)]
+        source = next((source for r, source in addends if any(torch.equal(r + out, total) for total in totals)), None)
         if source is not None:
             found[name] = source
     return found
 
 
 def _alike(value: Any, other: Tensor) -> bool:
-    return isinstance(value, Tensor) and value.shape == other.shape and value.dtype == other.dtype
+    """Whether both are the same tokens' vectors, of one size, perhaps with the windows joined."""
+    if not isinstance(value, Tensor) or value.dtype != other.dtype:
+        return False
+    return value.numel() == other.numel() and value.shape[-1:] == other.shape[-1:]
 
 
-def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def first_hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """What a module of a block is called with first."""
     return args[0] if args else next((value for value in kwargs.values() if _is_hidden(value)), None)
-
-
-@torch.no_grad()
-def collect(readers: list[nn.Module], run: Callable[[int], Any], batches: int) -> list[Statistics]:
-    """Statistics of each reader's input over all batches; a pass stops once the last reader has its input."""
-    sums = [SecondMoment(*_place(reader)) for reader in readers]
-    by_reader = {id(reader): total for reader, total in zip(readers, sums, strict=True)}
-    left = 0
-
-    def enter(module: nn.Module, args: tuple[Any, ...]) -> None:
-        nonlocal left
-        by_reader[id(module)].add(args[0])
-        left -= 1
-        if not left:
-            raise _Stop
-
-    handles = [reader.register_forward_pre_hook(enter) for reader in readers]
-    try:
-        for batch in range(batches):
-            left = len(readers)
-            with suppress(_Stop):
-                run(batch)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return [total.result() for total in sums]
-
-
-def _place(reader: nn.Module) -> tuple[int, torch.device]:
-    """A layer's `in_features` and device."""
-    weight = matrix(reader)
-    return weight.shape[1], weight.device
-
-
-@dataclass
-class Tap:
-    """A layer of a block that runs on a batch, and perhaps the module whose input its output is added to."""
-
-    reader: nn.Module
-    residual: nn.Module | None
-    run: Callable[[int], Any]
-
-    def read(self, batch: int) -> tuple[Tensor, Tensor | None]:
-        """The layer's input and what its output is added to; the pass stops there."""
-        found: dict[str, Tensor] = {}
-
-        def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            found["residual"] = _hidden(args, kwargs)
-
-        def enter(module: nn.Module, args: tuple[Any, ...]) -> None:
-            found["input"] = args[0]
-            raise _Stop
-
-        handles = [self.reader.register_forward_pre_hook(enter)]
-        if self.residual is not None:
-            handles.append(self.residual.register_forward_pre_hook(note, with_kwargs=True))
-        try:
-            with suppress(_Stop):
-                self.run(batch)
-        finally:
-            for handle in handles:
-                handle.remove()
-        return found["input"], found.get("residual")
-
-
-@torch.no_grad()
-def collect_pairs(quantized: Tap, dense: Tap, batches: int) -> Statistics:
-    """Statistics of a layer's input, and of how far it and what its output is added to have drifted from the dense
-    model's. Every eighth window is held out.
-    """
-    sums = SecondMoment(*_place(quantized.reader)), SecondMoment(*_place(quantized.reader))
-    seen = 0
-    for batch in range(batches):
-        x, r = dense.read(batch)
-        q, s = quantized.read(batch)
-        drift = None if r is None or s is None else r - s
-        place = torch.arange(seen, seen + len(q), device=q.device) % _HELD_OUT == _HELD_OUT - 1
-        seen += len(q)
-        for total, rows in zip(sums, (~place, place), strict=True):
-            total.add(q[rows], x[rows], None if drift is None else drift[rows])
-    fitted, heldout = (total.result() for total in sums)
-    return replace(fitted, heldout=heldout if heldout.tokens else None)
-
-
-class SecondMoment:
-    """Sums x̂ x̂ᵀ over tokens, and where they are given (x − x̂) x̂ᵀ and (r − r̂) x̂ᵀ, in float32."""
-
-    def __init__(self, size: int, device: torch.device):
-        self.tokens = 0
-        self.total = torch.zeros(size, size, dtype=torch.float32, device=device)
-        self.drift: Tensor | None = None
-        self.residual: Tensor | None = None
-
-    def add(self, quantized: Tensor, x: Tensor | None = None, residual: Tensor | None = None) -> None:
-        """Add tokens, `[..., size]`; residual `[..., out_features]` is a difference already."""
-        rows = quantized.reshape(-1, quantized.shape[-1]).float()
-        self.total.addmm_(rows.t(), rows)
-        self.tokens += rows.shape[0]
-        if x is not None:
-            self.drift = self._plus(self.drift, x.reshape(rows.shape).float() - rows, rows)
-        if residual is not None:
-            self.residual = self._plus(self.residual, residual.reshape(len(rows), -1).float(), rows)
-
-    @staticmethod
-    def _plus(total: Tensor | None, left: Tensor, rows: Tensor) -> Tensor:
-        if total is None:
-            total = torch.zeros(left.shape[1], rows.shape[1], dtype=torch.float32, device=rows.device)
-        return total.addmm_(left.t(), rows)
-
-    def result(self) -> Statistics:
-        """Their mean."""
-        count = max(self.tokens, 1)
-        sums = self.total, self.drift, self.residual
-        total, drift, residual = (None if one is None else one / count for one in sums)
-        assert total is not None
-        return Statistics(total, self.tokens, drift, residual)
 
 
 @torch.no_grad()
@@ -396,12 +280,12 @@ def arguments(module: nn.Module, names: tuple[str, ...], run: Callable[[int], An
 
     def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         found.append([args[place] if place < len(args) else kwargs[name] for place, name in enumerate(names)])
-        raise _Stop
+        raise Stop
 
     handle = module.register_forward_pre_hook(enter, with_kwargs=True)
     try:
         for batch in range(batches):
-            with suppress(_Stop):
+            with suppress(Stop):
                 run(batch)
     finally:
         handle.remove()

@@ -33,12 +33,16 @@ _MAX_DOCUMENTS = 20_000  # enough to shuffle; a web-scale set is streamed, not f
 
 @dataclass(frozen=True)
 class Calibration:
-    """Windows of tokens, int64 `[samples, seqlen]`, with what is needed to name them again."""
+    """Windows of tokens, int64 `[samples, seqlen]`, with what is needed to name them again.
+
+    wanted: how many were asked for; the text may have held fewer.
+    """
 
     tokens: Tensor
     source: str
     seed: int
     fingerprint: str
+    wanted: int
 
     def describe(self) -> dict[str, Any]:
         """A JSON-ready record for the report."""
@@ -46,6 +50,7 @@ class Calibration:
         return {
             "source": self.source,
             "samples": samples,
+            "wanted": self.wanted,
             "seqlen": seqlen,
             "seed": self.seed,
             "sha256": self.fingerprint,
@@ -74,7 +79,7 @@ def load(
             "Use a smaller --seqlen or more text."
         )
     digest = hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
-    return Calibration(tokens, label, seed, digest)
+    return Calibration(tokens, label, seed, digest, samples)
 
 
 def _windows(texts: list[str], tokenizer: Any, samples: int, seqlen: int) -> Tensor:

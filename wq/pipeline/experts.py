@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from wq.pipeline import blocks as decoder
+from wq.pipeline.statistics import SecondMoment
 from wq.solvers import Solution, Statistics
 
 _ROWS = 4096  # tokens whose activations inside of an expert are held at once
@@ -93,7 +94,7 @@ def matrix(module: Any, name: str, expert: int) -> Tensor:
 
 
 def _statistics(x: Tensor) -> Statistics:
-    total = decoder.SecondMoment(x.shape[1], x.device)
+    total = SecondMoment(x.shape[1], x.device)
     for rows in x.split(_ROWS):
         total.add(rows)
     return total.result()

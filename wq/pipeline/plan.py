@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cache, partial
 from types import ModuleType
 
 import torch
@@ -13,8 +15,9 @@ from torch import nn
 from wq import grid
 from wq.checkpoint import Spec
 from wq.errors import ModelError, SchemeError
+from wq.loaders.joined import targets
 from wq.pipeline.source import Source
-from wq.scheme import Scheme
+from wq.scheme import Scheme, Targets
 from wq.solvers import Solution
 from wq.structure.experts import Projection, arrange, find_experts
 from wq.structure.linears import auto_group_size, find_linears, patterns, shape_of
@@ -61,11 +64,15 @@ class Block:
 class Plan:
     """Everything that is known before the first number is computed.
 
-    dense: on-disk names of weights that could have been quantized, for the config. packed: on-disk names of tensors
-    that others take the place of. specs: every tensor of the new checkpoint.
+    scheme: that of most weights. schemes: of every matrix, by `Layer.path`, and of every parameter of experts, by
+    `Experts.path`. bytes: what each of them takes on disk, packed; experts that are many matrices there have none of
+    their own. dense: on-disk names of weights that could have been quantized, for the config. packed: on-disk names of
+    tensors that others take the place of. specs: every tensor of the new checkpoint.
     """
 
     scheme: Scheme
+    schemes: dict[str, Scheme]
+    bytes: dict[str, int]
     dtype: torch.dtype
     towers: list[tuple[Tower, list[Block]]]
     dense: list[str]
@@ -100,17 +107,60 @@ def make_plan(
         scheme = replace(scheme, group_size=auto_group_size({path: shape[1] for path, shape in shapes.items()}))
     for path, shape in shapes.items():
         fmt.check(scheme, shape, path)
-    by_weight = {f"{layer.stored}.weight": layer for layer in layers}
-    return Plan(
+    packed = {f"{layer.stored}.weight" for layer in layers}
+    plan = Plan(
         scheme=scheme,
+        schemes={},
+        bytes={},
         dtype=stored,
         towers=towers,
-        dense=_dense(source, set(by_weight)),
-        packed=set(by_weight) | set(whole),
-        specs=dict(_specs(source, fmt, scheme, by_weight, whole, stored)),
+        dense=_dense(source, packed),
+        packed=packed | set(whole),
+        specs={},
         parameters=sum(torch.Size(entry.shape).numel() for entry in source.entries.values()),
-        quantized=sum(torch.Size(source.entries[name].shape).numel() for name in (*by_weight, *whole)),
+        quantized=sum(torch.Size(source.entries[name].shape).numel() for name in (*packed, *whole)),
     )
+    return mix(source, fmt, plan, dict.fromkeys([*shapes, *(expert.path for expert in experts)], scheme.bits))
+
+
+def mix(source: Source, fmt: ModuleType, plan: Plan, bits: Mapping[str, int]) -> Plan:
+    """The plan with other widths. bits: of every layer and parameter of experts in the blocks, by its path."""
+    schemes: dict[str, Scheme] = {}
+    weights: Counter[Scheme] = Counter()
+    by_weight: dict[str, Layer] = {}
+    whole: dict[str, Experts] = {}
+    for block in (block for _, tower in plan.towers for block in tower):
+        for layer in block.layers.values():
+            by_weight[f"{layer.stored}.weight"] = layer
+            schemes[layer.path] = replace(plan.scheme, bits=bits[layer.path])
+            weights[schemes[layer.path]] += torch.Size(layer.shape).numel()
+        for expert in block.experts.values():
+            pieces = [piece for row in expert.pieces for piece in row]
+            by_weight |= {f"{piece.stored}.weight": piece for piece in pieces}
+            whole |= dict.fromkeys(expert.whole, expert)
+            scheme = replace(plan.scheme, bits=bits[expert.path])
+            schemes |= dict.fromkeys([expert.path, *(piece.path for piece in pieces)], scheme)
+            weights[scheme] += expert.size.experts * torch.Size(expert.size.matrix).numel()
+    found = list(_specs(source, fmt, schemes, by_weight, whole, plan.dtype))
+    size: Counter[str] = Counter()
+    for owner, _, spec in found:
+        size[owner] += spec.bytes
+    del size[""]
+    specs = {name: spec for _, name, spec in found}
+    return replace(plan, scheme=weights.most_common(1)[0][0], schemes=schemes, bytes=dict(size), specs=specs)
+
+
+def assigned(plan: Plan) -> list[Targets]:
+    """Which layers have which scheme, for a config; empty if all have one."""
+    if len(set(plan.schemes.values())) == 1:
+        return []
+    names: dict[str, str] = {}  # on disk, in the model
+    for block in (block for _, tower in plan.towers for block in tower):
+        names |= {layer.stored: layer.path for layer in block.layers.values()}
+        for expert in block.experts.values():
+            names |= {piece.stored: piece.path for row in expert.pieces for piece in row}
+            names |= {expert.path: expert.path} if expert.whole else {}
+    return targets({stored: plan.schemes[path] for stored, path in names.items()}, names)
 
 
 def _blocks(source: Source, fmt: ModuleType, tower: Tower, keep: list[re.Pattern[str]]) -> Iterator[Block]:
@@ -148,30 +198,33 @@ def _experts(source: Source, fmt: ModuleType, path: str, size: Projection, names
 def _specs(
     source: Source,
     fmt: ModuleType,
-    scheme: Scheme,
+    schemes: Mapping[str, Scheme],
     layers: dict[str, Layer],
     whole: dict[str, Experts],
     dtype: torch.dtype,
-) -> Iterator[tuple[str, Spec]]:
-    """Every tensor of the new checkpoint, in the order of the old one; packed ones by packing shapes on meta."""
+) -> Iterator[tuple[str, str, Spec]]:
+    """Every tensor of the new checkpoint, in the order of the old one: whose it is, "" if dense, its name and spec."""
     cast = dtype is not source.dtype
+    packed = cache(partial(_packed, fmt))
     for name, entry in source.entries.items():
         if name in layers:
-            for leaf, spec in _packed(fmt, scheme, layers[name].shape):
-                yield f"{layers[name].stored}.{leaf}", spec
+            layer = layers[name]
+            for leaf, spec in packed(schemes[layer.path], layer.shape).items():
+                yield layer.path, f"{layer.stored}.{leaf}", spec
         elif name in whole:
             if name != whole[name].whole[0]:  # written once
                 continue
-            size = whole[name].size
-            for leaf, spec in _packed(fmt, scheme, size.matrix):
+            path, size = whole[name].path, whole[name].size
+            for leaf, spec in packed(schemes[path], size.matrix).items():
                 if leaf != "weight_shape":
-                    yield whole[name].path + leaf.removeprefix("weight"), Spec(spec.dtype, (size.experts, *spec.shape))
+                    yield path, path + leaf.removeprefix("weight"), Spec(spec.dtype, (size.experts, *spec.shape))
         else:
             floating = entry.dtype in _DTYPES.values()
-            yield name, Spec(dtype if cast and floating else entry.dtype, entry.shape)
+            yield "", name, Spec(dtype if cast and floating else entry.dtype, entry.shape)
 
 
-def _packed(fmt: ModuleType, scheme: Scheme, shape: tuple[int, int]) -> Iterator[tuple[str, Spec]]:
+def _packed(fmt: ModuleType, scheme: Scheme, shape: tuple[int, int]) -> dict[str, Spec]:
+    """What a format stores for a matrix, by local name: found by packing shapes on meta."""
     grids = shape[0], scheme.groups(shape[1])
     empty = Solution(
         torch.empty(shape, dtype=torch.uint8, device="meta"),
@@ -179,8 +232,7 @@ def _packed(fmt: ModuleType, scheme: Scheme, shape: tuple[int, int]) -> Iterator
         torch.empty(grids, dtype=torch.uint8, device="meta"),
         {},
     )
-    for leaf, tensor in sorted(fmt.pack(empty, scheme).items()):
-        yield leaf, Spec(tensor.dtype, tuple(tensor.shape))
+    return {leaf: Spec(t.dtype, tuple(t.shape)) for leaf, t in sorted(fmt.pack(empty, scheme).items())}
 
 
 def _dense(source: Source, packed: set[str]) -> list[str]:

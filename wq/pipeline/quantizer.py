@@ -37,8 +37,8 @@ from wq.errors import CalibrationError, ModelError
 from wq.machine import default_device, keep_memory_tight, peak_rss_bytes, release_memory
 from wq.pipeline import blocks as decoder
 from wq.pipeline import calibration as calibration_text
-from wq.pipeline import sampling
-from wq.pipeline.plan import Block, Plan, make_plan
+from wq.pipeline import mixing, sampling
+from wq.pipeline.plan import Block, Plan, assigned, make_plan
 from wq.pipeline.source import Source, open_source
 from wq.pipeline.stages import Stages
 from wq.scheme import Scheme, check_quantizable
@@ -46,7 +46,10 @@ from wq.structure.towers import Tower
 
 _BATCH_TOKENS = 4096  # enough rows for full-speed matrix products, few enough for small activations
 
+STEPS = ("sequence",)  # the pipeline's own: a layer learns behind those of its block that are quantized before it
+
 BlockCallback = Callable[[dict[str, Any]], None]
+Finish = Callable[[Path, Tensor | None], dict[str, Any]]
 
 
 def quantize(
@@ -54,7 +57,7 @@ def quantize(
     output: str | os.PathLike[str],
     *,
     method: str = "gptq",
-    bits: int = 4,
+    bits: int | None = None,
     group_size: int | None = None,
     symmetric: bool = True,
     format: str = "compressed-tensors",
@@ -68,45 +71,71 @@ def quantize(
     revision: str | None = None,
     overwrite: bool = False,
     trust_remote_code: bool = False,
+    target_bpw: float | None = None,
+    target_size: int | str | None = None,
+    mix: Iterable[int] | None = None,
+    without: Iterable[str] = (),
+    reserve: int = 0,
     on_block: BlockCallback | None = None,
     on_sample: sampling.SampleCallback | None = None,
+    on_mix: mixing.OnStep | None = None,
+    finish: Finish | None = None,
 ) -> dict[str, Any]:
     """Quantize a dense model into a checkpoint folder that transformers and vLLM load, and return its report.
 
     model: a repo id, a local folder or a GGUF file. output: the folder to make; it appears only when complete.
-    method: a name in `wq.solvers.SOLVERS`. bits: 2, 3, 4 or 8. group_size: None takes the largest of 128, 64 and 32
-    that divides every layer; -1 is one scale for each output row. symmetric: no stored zero points.
-    format: a name in `wq.formats.FORMATS`. calibration: see `wq.pipeline.calibration.load`; or `self`, which the model
-    writes, whole in memory for that; methods that need none read none. keep: regular expressions; layers whose name one
-    of them matches stay dense.
-    dtype: of scales and dense tensors; None keeps the model's own (float32 is stored as float16).
-    device: where blocks run; None is the first GPU, or the CPU. on_block: called with a dict after each block.
-    on_sample: called with the tokens that the model has written, and how many it will.
+    method: a name in `wq.solvers.SOLVERS`. bits: 2, 3, 4 or 8; 4 unless said otherwise. group_size: None takes the
+    largest of 128, 64 and 32 that divides every layer; -1 is one scale for each output row. symmetric: no stored zero
+    points. format: a name in `wq.formats.FORMATS`. calibration: see `wq.pipeline.calibration.load`; or `self`, which
+    the model writes, whole in memory for that; methods that need none read none. keep: regular expressions; layers
+    whose name one of them matches stay dense. dtype: of scales and dense tensors; None keeps the model's own (float32
+    is stored as float16). device: where blocks run; None is the first GPU, or the CPU. target_bpw, target_size, mix:
+    instead of bits; `wq.pipeline.mixing.parse`. without: steps of the method, or in `STEPS`, that are left out.
+    reserve: how many of the windows the solver does not see. on_block: called with a dict after each block. on_sample:
+    called with the tokens that the model has written, and how many it will. on_mix: called with what is done and to do
+    while widths are chosen. finish: called with the folder when all but the report is in it, and with the windows in
+    reserve; what it returns goes into the report.
 
     Raises a WqError, before any heavy work, for everything that can be known to fail.
     """
     started = time.perf_counter()
     solver, fmt = solvers.get(method), formats.get(format)
-    check_quantizable(bits)
-    scheme = Scheme(bits, -1 if group_size is None else group_size, symmetric)
+    omitted = solvers.check_steps(method, without, STEPS)
+    goal, scheme = mixing.parse(target_bpw, target_size, mix, bits), _wished(bits, group_size, symmetric)
     check_output(Path(output), overwrite)
     keep_memory_tight()
     with open_source(model, revision, trust_remote_code) as source, torch.no_grad():
         plan = make_plan(source, fmt, scheme, group_size is None, keep, dtype)
-        job = _Job(source, solver, fmt, plan, torch.device(device or default_device()), seed)
-        stream = None
-        if solver.NEEDS_STATISTICS:
+        room = None if goal is None else mixing.room(source, fmt, plan, goal)
+        job = _Job(source, solver, fmt, plan, torch.device(device or default_device()), seed, omitted)
+        stream = tokens = left = None
+        if solver.NEEDS_STATISTICS or room is not None:
             stream = job.calibration(calibration, samples, seqlen, on_sample)
+            tokens, left = stream.tokens.tensor_split([samples - reserve])
+        job.mix(room, tokens, on_mix)
         with staged(Path(output), overwrite) as stage:
-            with ShardWriter(stage, plan.specs) as writer:
-                layers = job.run(writer, None if stream is None else stream.tokens, on_block)
-            _write_config(source, stage, plan, fmt)
+            with ShardWriter(stage, job.plan.specs) as writer:
+                layers = job.run(writer, tokens if solver.NEEDS_STATISTICS else None, on_block)
+            config = _write_config(source, stage, job.plan, fmt)
             source.save_companions(stage)
-            made = _report(source, plan, method, format, stream, layers, job, started)
-            made["checkpoint_bytes"] = sum(file.stat().st_size for file in stage.glob("*.safetensors"))
-            report.save(made, stage)
-            manifest.write(stage)
+            finished = job.mixed(config) | ({} if finish is None else finish(stage, left))
+            made = _report(source, job.plan, method, format, stream, layers, job, started) | finished
+            _describe(stage, made)
     return made
+
+
+def _describe(stage: Path, made: dict[str, Any]) -> None:
+    """Write the report, the card and the manifest of what is in the folder."""
+    made["checkpoint_bytes"] = sum(file.stat().st_size for file in stage.glob("*.safetensors"))
+    report.save(made, stage)
+    manifest.write(stage)
+
+
+def _wished(bits: int | None, group_size: int | None, symmetric: bool) -> Scheme:
+    """The scheme as far as it is known without the model."""
+    bits = 4 if bits is None else bits
+    check_quantizable(bits)
+    return Scheme(bits, -1 if group_size is None else group_size, symmetric)
 
 
 def _check_can_calibrate(source: Source, plan: Plan, seqlen: int) -> None:
@@ -131,8 +160,10 @@ class _Job:
     plan: Plan
     device: torch.device
     seed: int
+    without: frozenset[str] = frozenset()
     changed: set[str] = field(default_factory=set)  # dense parameters that folding altered
     done: int = 0  # blocks
+    choice: dict[str, Any] | None = None  # of widths
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -148,6 +179,19 @@ class _Job:
             where = self.device, self.compute_dtype
             return sampling.sample(self.source, samples, seqlen, self.seed, *where, on_sample)
         return calibration_text.load(source, self.source.tokenizer, samples, seqlen, self.seed)
+
+    def mix(self, room: mixing.Room | None, tokens: Tensor | None, on_mix: mixing.OnStep | None) -> None:
+        """Choose a width for each layer, if that was asked for."""
+        if room is None or tokens is None:
+            return
+        where, weighted = (self.device, self.compute_dtype), self.solver.NEEDS_STATISTICS
+        self.plan, self.choice = mixing.choose(self.source, self.fmt, self.plan, room, tokens, *where, weighted, on_mix)
+
+    def mixed(self, config: dict[str, Any]) -> dict[str, Any]:
+        """For the report, how widths were chosen and who reads the result; nothing if all have one."""
+        if self.choice is None:
+            return {}
+        return {"mixed": self.choice | {"loaders": mixing.verdicts(self.plan, config)}}
 
     def run(self, writer: ShardWriter, tokens: Tensor | None, on_block: BlockCallback | None) -> list[dict[str, Any]]:
         """Quantize every block and write everything; the records of all layers."""
@@ -193,21 +237,21 @@ class _Job:
             source=self.source,
             solver=self.solver,
             fmt=self.fmt,
-            scheme=self.plan.scheme,
+            schemes=self.plan.schemes,
             writer=writer,
             block=block,
             forward=None if captured is None else lambda batch: captured.run(block.module, index, batch),
-            batches=0 if captured is None else len(captured.hidden),
+            windows=[] if captured is None else [len(hidden) for hidden in captured.hidden],
             generator=torch.Generator(device=self.device).manual_seed(self.seed + self.done),
-            original=original,
-            forward_original=None if dense is None or original is None else partial(dense.run, original, index),
+            dense=None if dense is None or original is None else (original, partial(dense.run, original, index)),
+            without=self.without,
             changed=self.changed,
         )
         records = stages.run()
         if captured is not None and not last:
             captured.advance(block.module, index)
             if dense is not None and original is not None:
-                dense.advance(original, index)
+                dense.advance(original, index, stages.dense_outputs)
         self._write_dense(writer, block.path)
         self.source.unload(block.module)
         release_memory()
@@ -252,7 +296,8 @@ class _Job:
         self, tower: Tower, captured: decoder.Captured | None, tokens: Tensor | None, encoded: list[Tensor]
     ) -> decoder.Captured | None:
         """The hidden states of the dense model, for a solver that compares; they are the same in front of block 0."""
-        if captured is None or tokens is None or not getattr(self.solver, "NEEDS_PAIRS", False):
+        wanted = getattr(self.solver, "NEEDS_PAIRS", False) and not self.without & {"target", "sequence"}
+        if captured is None or tokens is None or not wanted:
             return None
         if encoded:
             return self._capture(tower, self._inputs(tower, tokens, encoded))
@@ -261,17 +306,8 @@ class _Job:
     @contextmanager
     def _around(self, tower: Tower) -> Iterator[None]:
         """With everything of a tower loaded but its blocks: embeddings, the last norm."""
-        prefix = f"{tower.path}." if tower.path else ""
-        modules = {f"{prefix}{name}": module for name, module in tower.root.named_modules() if module._parameters}
-        outside = {name: m for name, m in modules.items() if not f"{name}.".startswith(f"{tower.blocks_path}.")}
-        self._load(tuple(outside))
-        for module in tower.root.modules():
-            for name, buffer in module._buffers.items():
-                if buffer is not None and not buffer.is_meta:
-                    module._buffers[name] = buffer.to(self.device)
-        yield
-        for module in outside.values():
-            self.source.unload(module)
+        with self.source.around(tower, self.device, self.compute_dtype):
+            yield
 
     def _write_dense(self, writer: ShardWriter, prefix: str, excluding: tuple[str, ...] = ()) -> None:
         """Write the tensors under a module that were not quantized, straight from the source unless altered."""
@@ -286,14 +322,15 @@ class _Job:
                 writer.copy(name, self.source.entries[name])
 
 
-def _write_config(source: Source, stage: Path, plan: Plan, fmt: ModuleType) -> None:
-    config = json.loads((source.folder / "config.json").read_text())
+def _write_config(source: Source, stage: Path, plan: Plan, fmt: ModuleType) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads((source.folder / "config.json").read_text())
     config.pop("_name_or_path", None)
     if plan.dtype is not source.dtype or not ({"dtype", "torch_dtype"} & set(config)):
         config.pop("torch_dtype", None)
         config["dtype"] = str(plan.dtype).removeprefix("torch.")
-    config["quantization_config"] = fmt.config(plan.scheme, plan.dense)
+    config["quantization_config"] = fmt.config(plan.scheme, plan.dense, assigned(plan))
     write_text(stage / "config.json", json.dumps(config, indent=2) + "\n")
+    return config
 
 
 def _report(
@@ -319,6 +356,7 @@ def _report(
         "quantized_parameters": plan.quantized,
         "source_dtype": str(source.dtype).removeprefix("torch."),
         "source_bytes": sum(entry.bytes for entry in source.entries.values()),
+        "without": sorted(job.without),
         "fallbacks": fallbacks,
         "layers": layers,
         "seconds": round(time.perf_counter() - started, 1),

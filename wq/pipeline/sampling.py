@@ -64,7 +64,7 @@ def sample(
         source.unload(source.model)
         release_memory()
     tokens = torch.cat(pieces)
-    return Calibration(tokens, SELF, seed, hashlib.sha256(tokens.numpy().tobytes()).hexdigest())
+    return Calibration(tokens, SELF, seed, hashlib.sha256(tokens.numpy().tobytes()).hexdigest(), samples)
 
 
 def check(source: Source) -> None:

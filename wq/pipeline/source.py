@@ -10,7 +10,8 @@ import json
 import os
 import shutil
 import tempfile
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from transformers.utils import logging as transformers_logging
 from wq.checkpoint import Entry, read_headers, read_tensor
 from wq.errors import CheckpointError, ModelError, first_line
 from wq.structure.names import map_names
-from wq.structure.towers import model_class
+from wq.structure.towers import Tower, model_class
 
 # What is wanted, by name: pickles are never fetched, and code only with trust_remote_code.
 _HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken"]
@@ -146,6 +147,31 @@ class Source:
             for name, parameter in child._parameters.items():
                 if parameter is not None:
                     child._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+
+    @contextmanager
+    def around(self, tower: Tower, device: torch.device, dtype: torch.dtype, with_head: bool = False) -> Iterator[None]:
+        """With everything of a tower loaded but its blocks: embeddings, the last norm; perhaps also what is between the
+        tower and the logits. Encoders of images and sound are models of their own, and stay out.
+        """
+        root = self.model if with_head else tower.root
+        prefix = f"{tower.path}." if tower.path and not with_head else ""
+        others = [name for name, module in root.named_modules() if name and isinstance(module, PreTrainedModel)]
+        apart = tuple(f"{name}." for name in others if with_head and not _under(tower.path, (name,)))
+        outside = {
+            f"{prefix}{name}": module
+            for name, module in root.named_modules()
+            if module._parameters
+            and not f"{prefix}{name}.".startswith(f"{tower.blocks_path}.")
+            and not f"{name}.".startswith(apart)
+        }
+        self.load(tuple(outside), device, dtype)
+        for module in root.modules():
+            for name, buffer in module._buffers.items():
+                if buffer is not None and not buffer.is_meta:
+                    module._buffers[name] = buffer.to(device)
+        yield
+        for module in outside.values():
+            self.unload(module)
 
     def save_companions(self, folder: Path) -> None:
         """Copy tokenizer, chat template, generation config and the like into `folder`."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -18,6 +19,7 @@ from wq.pipeline import experts as mixture
 from wq.pipeline import folding
 from wq.pipeline.plan import Block, Experts
 from wq.pipeline.source import Source
+from wq.pipeline.statistics import Tap, collect, collect_pairs
 from wq.scheme import Scheme
 from wq.solvers import Solution, Statistics, rtn
 from wq.structure.linears import is_linear, matrix
@@ -30,24 +32,28 @@ _UNROUTED = "no calibration token was routed there"
 class Stages:
     """The stages of one block.
 
-    forward: runs the block on a batch of calibration; None for a solver that needs none. original, forward_original:
-    the dense block, and its run on the dense model's hidden states, for a solver that asks for pairs. changed: dense parameters
-    that folding altered, by path.
+    forward: runs the block on a batch of calibration; None for a solver that needs none. windows: how many each batch
+    has. dense: the dense block, and its run on the dense model's hidden states, for a solver that asks for pairs.
+    schemes: of layers and parameters of experts, by path; layers that read one input have the same one, and so have all
+    experts. without: steps that are left out. changed: dense parameters that folding altered, by path. known:
+    statistics that were collected ahead. dense_outputs: the dense block's outputs, if it ran to the end.
     """
 
     source: Source
     solver: ModuleType
     fmt: ModuleType
-    scheme: Scheme
+    schemes: Mapping[str, Scheme]
     writer: ShardWriter
     block: Block
     forward: Callable[[int], Tensor] | None
-    batches: int
+    windows: list[int]
     generator: torch.Generator
-    original: nn.Module | None = None
-    forward_original: Callable[[int], Tensor] | None = None
+    dense: tuple[nn.Module, Callable[[int], Tensor]] | None = None
+    without: frozenset[str] = frozenset()
     changed: set[str] = field(default_factory=set)
-    residuals: dict[str, str] = field(default_factory=dict)
+    known: dict[str, Statistics] = field(default_factory=dict)
+    dense_outputs: list[Tensor] = field(default_factory=list)
+    traced: decoder.Traced = field(default_factory=lambda: decoder.Traced([], {}, {}))
 
     def run(self) -> list[dict[str, Any]]:
         """Solve, replace and write every layer and all experts of the block; one record for each."""
@@ -60,10 +66,13 @@ class Stages:
             left[name.rpartition(".")[0]] = module.get_submodule(name.rpartition(".")[0])
         records: list[dict[str, Any]] = []
         if self.forward is not None and left:
-            traced = decoder.trace(module, left, lambda: self._forward(0))
-            self.residuals = traced.residuals
+            traced = self.traced = decoder.trace(module, left, lambda: self._forward(0))
             if hasattr(self.solver, "input_scales"):
                 self._fold([group for group in traced.groups if is_linear(left[group[0]])], left, traced.producers)
+            if "sequence" in self.without:
+                names = [group[0] for group in traced.groups if is_linear(left[group[0]])]
+                found = collect([left[name] for name in names], self._forward, len(self.windows))
+                self.known = dict(zip(names, found, strict=True))
             for group in traced.groups:
                 records += self._stage({name: left.pop(name) for name in group})
         for name, reader in left.items():  # no data asked for, or a layer that calibration never reached
@@ -78,12 +87,12 @@ class Stages:
         name, reader = next(iter(members.items()))
         if is_linear(reader):
             return self._solve(members)
-        return self._experts(name, reader, mixture.watch(reader, self._forward, self.batches))
+        return self._experts(name, reader, mixture.watch(reader, self._forward, len(self.windows)))
 
     def _without_data(self, name: str, reader: nn.Module) -> list[dict[str, Any]]:
         if not is_linear(reader):
             return self._experts(name, reader, None)
-        solution, restored = self._solution(matrix(reader).float(), None)
+        solution, restored = self._solution(matrix(reader).float(), None, self._scheme(name))
         if self.solver.NEEDS_STATISTICS:
             solution.stats["fallback"] = _UNREACHED
         return [self._store(name, reader, solution, restored, 0)]
@@ -93,14 +102,14 @@ class Stages:
     def _fold(self, groups: list[list[str]], linears: dict[str, nn.Module], producers: dict[str, Any]) -> None:
         """Let the solver scale each group's input wherever something can take the scale over."""
         readers = [linears[group[0]] for group in groups]
-        statistics = decoder.collect(readers, self._forward, self.batches)
+        statistics = collect(readers, self._forward, len(self.windows))
         for group, known in zip(groups, statistics, strict=True):
             fold = folding.find(self.block.module, group, producers.get(group[0]))
             if fold is None or not self._stored(fold.name):
                 continue
             members = [linears[name] for name in group]
             weight = torch.cat([matrix(member) for member in members])
-            scales = self.solver.input_scales(weight, known, self.scheme)
+            scales = self.solver.input_scales(weight, known, self._scheme(group[0]))
             if folding.apply(fold, members, scales, lambda: self._forward(0)):
                 path = f"{self.block.path}.{fold.name}"
                 self.changed |= {f"{path}.{name}" for name, _ in fold.producer.named_parameters(recurse=False)}
@@ -116,7 +125,7 @@ class Stages:
         first = next(iter(members.values()))
         statistics = self._statistics(next(iter(members)), first)
         weight = torch.cat([matrix(linear).float() for linear in members.values()])
-        solution, restored = self._solution(weight, statistics)
+        solution, restored = self._solution(weight, statistics, self._scheme(next(iter(members))))
         records, start = [], 0
         for name, linear in members.items():
             rows = slice(start, start + len(matrix(linear)))
@@ -128,30 +137,43 @@ class Stages:
         return records
 
     def _statistics(self, name: str, reader: nn.Module) -> Statistics:
-        if self.original is None or self.forward_original is None:
-            (found,) = decoder.collect([reader], self._forward, self.batches)
+        if name in self.known:
+            return self.known[name]
+        if not getattr(self.solver, "NEEDS_PAIRS", False):
+            (found,) = collect([reader], self._forward, len(self.windows))
             return found
-        source = self.residuals.get(name)
-        quantized, dense = (
-            decoder.Tap(block.get_submodule(name), None if source is None else block.get_submodule(source), run)
-            for block, run in ((self.block.module, self._forward), (self.original, self.forward_original))
-        )
-        return decoder.collect_pairs(quantized, dense, self.batches)
+        quantized = self._tap(name, self.block.module, self._forward)
+        dense = None if self.dense is None else self._tap(name, *self.dense)
+        if dense is not None:  # the last pass over the dense block moves its stream on, too
+            dense.whole = name == self.traced.groups[-1][0]
+            self.dense_outputs = dense.outputs
+        return collect_pairs(quantized, dense, self.windows)
 
-    def _solution(self, weight: Tensor, statistics: Statistics | None) -> tuple[Solution, Tensor]:
+    def _tap(self, name: str, block: nn.Module, run: Callable[[int], Tensor]) -> Tap:
+        source = self.traced.residuals.get(name)
+        return Tap(block.get_submodule(name), None if source is None else block.get_submodule(source), run)
+
+    def _scheme(self, name: str) -> Scheme:
+        """Of a layer of this block."""
+        return self.schemes[self.block.layers[name].path]
+
+    def _solution(self, weight: Tensor, statistics: Statistics | None, scheme: Scheme) -> tuple[Solution, Tensor]:
         """Of a weight `[out, in]`, and the weight that it stands for; rounded to nearest where data is wanting."""
         solver = rtn if statistics is None and self.solver.NEEDS_STATISTICS else self.solver
-        solution = solver.solve(weight, statistics, self.scheme, generator=self.generator)
+        steps = {"without": self.without} if hasattr(solver, "STEPS") else {}
+        solution = solver.solve(weight, statistics, scheme, generator=self.generator, **steps)
         return solution, grid.dequantize(solution.codes, solution.scale, solution.zero)
 
     def _store(self, name: str, linear: nn.Module, solution: Solution, restored: Tensor, tokens: int) -> dict[str, Any]:
         layer = self.block.layers[name]
         matrix(linear).copy_(restored)
-        self._write(layer.stored, solution)
-        return {"layer": layer.path, "shape": list(layer.shape), "tokens": tokens, **solution.stats}
+        scheme = self.schemes[layer.path]
+        self._write(layer.stored, solution, scheme)
+        known = {"layer": layer.path, "shape": list(layer.shape), "bits": scheme.bits, "tokens": tokens}
+        return known | solution.stats
 
-    def _write(self, stored: str, solution: Solution) -> None:
-        for leaf, tensor in self.fmt.pack(solution, self.scheme).items():
+    def _write(self, stored: str, solution: Solution, scheme: Scheme) -> None:
+        for leaf, tensor in self.fmt.pack(solution, scheme).items():
             self.writer.write(f"{stored}.{leaf}", tensor)
 
     # --- experts ---
@@ -161,19 +183,21 @@ class Stages:
         prefix = f"{name}." if name else ""
         plans = {key.removeprefix(prefix): plan for key, plan in self.block.experts.items() if key.startswith(prefix)}
         solved: dict[str, list[mixture.Solved]] = {parameter: [] for parameter in plans}
-        for one in mixture.quantize(module, set(plans), routed, self._solution):
+        scheme = self.schemes[next(iter(plans.values())).path]
+        for one in mixture.quantize(module, set(plans), routed, partial(self._solution, scheme=scheme)):
             plan = plans[one.parameter]
             for piece, row in enumerate(plan.pieces):
                 size = row[one.expert].shape[0]
-                self._write(row[one.expert].stored, _rows(one.solution, slice(piece * size, (piece + 1) * size)))
+                rows = slice(piece * size, (piece + 1) * size)
+                self._write(row[one.expert].stored, _rows(one.solution, rows), scheme)
             solved[one.parameter].append(one if plan.whole else one._replace(solution=_only_stats(one.solution)))
         for parameter, plan in plans.items():
             if plan.whole:
-                self._write_whole(plan.path, [one.solution for one in solved[parameter]])
+                self._write_whole(plan.path, [one.solution for one in solved[parameter]], scheme)
         return [self._record(plan, solved[parameter]) for parameter, plan in plans.items()]
 
-    def _write_whole(self, path: str, solutions: list[Solution]) -> None:
-        packed = [self.fmt.pack(solution, self.scheme) for solution in solutions]
+    def _write_whole(self, path: str, solutions: list[Solution], scheme: Scheme) -> None:
+        packed = [self.fmt.pack(solution, scheme) for solution in solutions]
         for leaf in packed[0]:
             if leaf != "weight_shape":
                 stack = torch.stack([tensors[leaf] for tensors in packed])
@@ -181,7 +205,8 @@ class Stages:
 
     def _record(self, plan: Experts, solved: list[mixture.Solved]) -> dict[str, Any]:
         tokens = [one.tokens for one in solved]
-        record = {"layer": plan.path, "shape": [plan.size.experts, *plan.size.matrix], "tokens": tokens}
+        bits = self.schemes[plan.path].bits
+        record = {"layer": plan.path, "shape": [plan.size.experts, *plan.size.matrix], "bits": bits, "tokens": tokens}
         errors = [one.solution.stats.get("error") for one in solved]
         known = [(error, count) for error, count in zip(errors, tokens, strict=True) if error is not None]
         if known:

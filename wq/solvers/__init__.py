@@ -3,6 +3,8 @@
 A solver is a module with
 
     NEEDS_STATISTICS: bool       whether it wants calibration; without it the pipeline runs no forward pass
+    NEEDS_PAIRS: bool            optional: whether it wants tokens held out, and the dense model's inputs, too
+    STEPS: tuple[str, ...]       optional: parts of it that `solve(..., without=names)` leaves out, to see their worth
     def solve(weight, statistics, scheme, *, generator) -> Solution
 
 and optionally `input_scales(weight, statistics, scheme) -> Tensor`, for algorithms that move scales into the operation
@@ -12,6 +14,7 @@ device. Rows are independent, so the pipeline stacks the layers that read one in
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -19,6 +22,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from wq import registry
+from wq.errors import UnknownNameError
 
 SOLVERS: dict[str, str] = {
     "rtn": "wq.solvers.rtn",
@@ -38,6 +42,7 @@ class Statistics:
     residual: `E[(r − r̂) x̂ᵀ]`, float32 `[out_features, in_features]`, likewise of what the layer's output is added to;
     or None.
     heldout: the same of other tokens, on which choices are made; or None.
+    dropped: how many tokens were left out because they were not finite.
     """
 
     second_moment: Tensor
@@ -45,6 +50,7 @@ class Statistics:
     drift: Tensor | None = None
     residual: Tensor | None = None
     heldout: Statistics | None = None
+    dropped: int = 0
 
 
 class Solution(NamedTuple):
@@ -60,6 +66,15 @@ class Solution(NamedTuple):
     scale: Tensor
     zero: Tensor
     stats: dict[str, Any]
+
+
+def check_steps(method: str, without: Iterable[str], known: Iterable[str] = ()) -> frozenset[str]:
+    """The names in `without` as a set. Raises UnknownNameError for one that is no step of the method or in `known`."""
+    steps = {*getattr(get(method), "STEPS", ()), *known}
+    for name in without:
+        if name not in steps:
+            raise UnknownNameError(f"{method} has no step {name!r} to leave out; it has {', '.join(sorted(steps))}.")
+    return frozenset(without)
 
 
 def get(name: str) -> ModuleType:

@@ -9,13 +9,17 @@ come, by the inverse of the Hessian H = E[x xᵀ]. The name alone says little; w
   back in place afterwards, so the checkpoint needs no `g_idx`.
 * Damping is sized by how well H is determined: λ = 0.05 · in_features / (tokens / 8), between 0.005 and 0.2 of the
   mean diagonal. Eight neighbouring tokens of text count as one independent sample.
+* What is approximated is what the dense model computes there, not what the dense weight makes of an input that the
+  quantized layers before it have changed (`target`).
 * One Cholesky instead of three: with J the reversal and L = chol(J H J), J L⁻¹ J is the upper factor U of H⁻¹ = UᵀU.
+* Scales and codes are refined in turn afterwards (`refine`), for as long as tokens held out agree.
 * A Hessian that will not factorise gets more damping, then float64, and only then falls back to weighted rounding,
   which the solution's `stats["fallback"]` says.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Container
 from typing import Any
 
 import torch
@@ -26,7 +30,8 @@ from wq.scheme import Scheme
 from wq.solvers import Solution, Statistics, refine, rtn, target
 
 NEEDS_STATISTICS = True
-NEEDS_PAIRS = True  # of inputs, the dense model's and the quantized one's
+NEEDS_PAIRS = True
+STEPS = ("order", "refine", "search", "target")
 
 _BLOCK = 128  # columns whose errors are spread eagerly; later columns get them in one matrix product
 _DAMPING_CEILING = 0.5
@@ -34,49 +39,60 @@ _REFINEMENTS = 3  # at most
 
 
 def solve(
-    weight: Tensor, statistics: Statistics, scheme: Scheme, *, generator: torch.Generator | None = None
+    weight: Tensor,
+    statistics: Statistics,
+    scheme: Scheme,
+    *,
+    generator: torch.Generator | None = None,
+    without: Container[str] = (),
 ) -> Solution:
-    """Quantize `weight`, float `[out_features, in_features]`, against `statistics`. Raises GroupSizeError."""
+    """Quantize `weight`, float `[out_features, in_features]`, against `statistics`. Raises GroupSizeError.
+
+    without: names in `STEPS` that are left out.
+    """
     hessian = statistics.second_moment.float()
     dead = hessian.diagonal() <= 0
-    factor, damping = inverse_factor(hessian, statistics.tokens)
+    order = activation_order(hessian.diagonal())
+    if "order" in without:
+        order = torch.arange(len(order), device=order.device)
+    factor, damping = inverse_factor(hessian, statistics.tokens, order)
     if factor is None:
         return _round_instead(weight, statistics, scheme, generator)
-    goal, share = target.retarget(weight, statistics)
-    scale, zero = grid.search(goal, scheme, hessian.diagonal())
-    codes = _sweep(goal, hessian.diagonal(), factor, scale, zero, scheme)
-    codes, scale, rounds = _refined(goal, weight, statistics, damping, codes, scale, zero, scheme)
+    goal, share = (weight.float(), 0.0) if "target" in without else target.retarget(weight, statistics)
+    grids = grid.cover(goal, scheme) if "search" in without else grid.search(goal, scheme, hessian.diagonal())
+    made = Solution(_sweep(goal, order, factor, *grids, scheme), *grids, {})
+    rounds = 0
+    if "refine" not in without and statistics.heldout is not None:
+        made, rounds = _refined(made, goal, weight, statistics, damped(hessian, damping), order, scheme)
     stats: dict[str, Any] = {"damping": damping, "dead_columns": int(dead.sum())}
     if statistics.drift is not None:
-        stats |= {"drift_share": share, "refinements": rounds}
-    stats["error"] = rtn.output_error(weight, grid.dequantize(codes, scale, zero), statistics)
-    return Solution(codes, scale, zero, stats)
+        stats["drift_share"] = share
+    if statistics.heldout is not None:
+        stats["refinements"] = rounds
+    stats["error"] = rtn.output_error(weight, grid.dequantize(*made[:3]), statistics)
+    return made._replace(stats=stats)
 
 
 def _refined(
+    made: Solution,
     goal: Tensor,
     weight: Tensor,
     statistics: Statistics,
-    damping: float,
-    codes: Tensor,
-    scale: Tensor,
-    zero: Tensor,
+    hessian: Tensor,
+    order: Tensor,
     scheme: Scheme,
-) -> tuple[Tensor, Tensor, int]:
+) -> tuple[Solution, int]:
     """Scales and codes refined in turn for as long as tokens held out say that it helps, and how often it did."""
-    if statistics.heldout is None:
-        return codes, scale, 0
-    hessian = damped(statistics.second_moment.float(), damping)
-    order = activation_order(statistics.second_moment.diagonal())
-    best = heldout_error(weight, grid.dequantize(codes, scale, zero), statistics.heldout)
+    assert statistics.heldout is not None
+    best = heldout_error(weight, grid.dequantize(*made[:3]), statistics.heldout)
     for rounds in range(_REFINEMENTS):
-        new_scale = refine.refit(goal, hessian, codes, scale, zero, scheme)
-        new_codes = refine.descend(goal, hessian, codes, new_scale, zero, scheme, order)
-        error = heldout_error(weight, grid.dequantize(new_codes, new_scale, zero), statistics.heldout)
+        scale = refine.refit(goal, hessian, made.codes, made.scale, made.zero, scheme)
+        codes = refine.descend(goal, hessian, made.codes, scale, made.zero, scheme, order)
+        error = heldout_error(weight, grid.dequantize(codes, scale, made.zero), statistics.heldout)
         if not error < best:
-            return codes, scale, rounds
-        best, codes, scale = error, new_codes, new_scale
-    return codes, scale, _REFINEMENTS
+            return made, rounds
+        best, made = error, made._replace(codes=codes, scale=scale)
+    return made, _REFINEMENTS
 
 
 def heldout_error(weight: Tensor, dequantized: Tensor, heldout: Statistics) -> float:
@@ -115,8 +131,8 @@ def activation_order(diagonal: Tensor) -> Tensor:
     return torch.argsort(diagonal, descending=True, stable=True)
 
 
-def inverse_factor(hessian: Tensor, tokens: int) -> tuple[Tensor | None, float]:
-    """Upper Cholesky factor U, with H⁻¹ = UᵀU, of the damped Hessian in activation order, and the damping used.
+def inverse_factor(hessian: Tensor, tokens: int, order: Tensor | None = None) -> tuple[Tensor | None, float]:
+    """Upper Cholesky factor U, with H⁻¹ = UᵀU, of the damped Hessian in `order` (the activation's), and the damping.
 
     The factor is None when nothing helps: a Hessian that is not finite, all zero, or not positive at any damping.
     """
@@ -125,8 +141,7 @@ def inverse_factor(hessian: Tensor, tokens: int) -> tuple[Tensor | None, float]:
     mean = diagonal.mean()
     if not torch.isfinite(hessian).all() or mean <= 0:
         return None, 0.0
-    order = activation_order(diagonal)
-    reversed_order = order.flip(0)
+    reversed_order = (activation_order(diagonal) if order is None else order).flip(0)
     # A column that never fires has no row to factorise; giving it the mean leaves it alone: it spreads no error.
     filled = torch.where(diagonal <= 0, mean, diagonal)
     damping = min(max(0.05 * columns / max(tokens / 8, 1.0), 5e-3), 0.2)
@@ -144,28 +159,48 @@ def inverse_factor(hessian: Tensor, tokens: int) -> tuple[Tensor | None, float]:
     return None, damping
 
 
-def _sweep(weight: Tensor, diagonal: Tensor, factor: Tensor, scale: Tensor, zero: Tensor, scheme: Scheme) -> Tensor:
-    """Quantize column by column in activation order, spreading each error; codes uint8 `[out, in]` in weight order."""
-    order = activation_order(diagonal)
+def _sweep(weight: Tensor, order: Tensor, factor: Tensor, scale: Tensor, zero: Tensor, scheme: Scheme) -> Tensor:
+    """Quantize column by column in `order`, spreading each error; codes uint8 `[out, in]` in weight order."""
     columns = weight.shape[1]
     group = order // (columns // scale.shape[1])
     # Transposed, so that a column of the weight is one contiguous row: [in, out].
     w = weight.float().t()[order].contiguous()
     codes = torch.empty_like(w, dtype=torch.uint8)
     scales, zeros = scale.float().t()[group].contiguous(), zero.float().t()[group].contiguous()
-    top = scheme.levels - 1
+    round_block = _block_rounder(w.device)
     for start in range(0, columns, _BLOCK):
         stop = min(start + _BLOCK, columns)
-        errors = torch.empty_like(w[start:stop])
-        for j in range(start, stop):
-            q = (w[j] / scales[j]).round_().add_(zeros[j]).clamp_(0, top)
-            codes[j] = q
-            error = torch.sub(w[j], q.sub_(zeros[j]).mul_(scales[j]), out=errors[j - start])
-            error.div_(factor[j, j])
-            if j + 1 < stop:
-                w[j + 1 : stop].addr_(factor[j, j + 1 : stop], error, alpha=-1)
+        own = slice(start, stop)
+        codes[own], errors = round_block(w[own], factor[own, own], scales[own], zeros[own], scheme.levels - 1)
         if stop < columns:
-            w[stop:].addmm_(factor[start:stop, stop:].t(), errors, alpha=-1)
+            w[stop:].addmm_(factor[own, stop:].t(), errors, alpha=-1)
     in_place = torch.empty_like(codes)
     in_place[order] = codes
     return in_place.t().contiguous()
+
+
+def _block_rounder(device: torch.device) -> Callable[..., tuple[Tensor, Tensor]]:
+    """What rounds a block of columns: one Triton program for some rows each, where Triton and a device for it are."""
+    if device.type == "cuda":
+        try:
+            from wq_kernels.sweep import sweep
+        except ImportError:
+            return round_block
+        return sweep
+    return round_block
+
+
+def round_block(weight: Tensor, factor: Tensor, scale: Tensor, zero: Tensor, top: int) -> tuple[Tensor, Tensor]:
+    """Codes, uint8, and errors of a block of columns, all `[columns, rows]`, each column seeing those before it.
+
+    weight is used up. factor: `[columns, columns]`, the block's part of the upper factor of the inverse Hessian.
+    """
+    codes, errors = torch.empty_like(weight, dtype=torch.uint8), torch.empty_like(weight)
+    for j in range(len(weight)):
+        q = (weight[j] / scale[j]).round_().add_(zero[j]).clamp_(0, top)
+        codes[j] = q
+        error = torch.sub(weight[j], q.sub_(zero[j]).mul_(scale[j]), out=errors[j])
+        error.div_(factor[j, j])
+        if j + 1 < len(weight):
+            weight[j + 1 :].addr_(factor[j, j + 1 :], error, alpha=-1)
+    return codes, errors

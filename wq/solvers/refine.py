@@ -14,6 +14,7 @@ from wq import grid
 from wq.scheme import Scheme
 
 _BLOCK = 128
+_PIECE = 1 << 22  # elements of the largest temporary
 _LARGEST_CHANGE = 0.3  # of a scale; more means that a group's codes say nothing of it
 
 
@@ -24,13 +25,9 @@ def refit(weight: Tensor, hessian: Tensor, codes: Tensor, scale: Tensor, zero: T
     """
     rows, columns = weight.shape
     groups = scale.shape[1]
-    size = columns // groups
     levels = grid.grouped(codes.float(), groups) - zero.float().unsqueeze(-1)  # [out, groups, size]
     flat = levels.reshape(rows, columns)
-    gram = weight.new_empty(rows, groups, groups, dtype=torch.float32)
-    for g in range(groups):
-        columns_of = slice(g * size, (g + 1) * size)
-        gram[:, g] = grid.grouped((flat[:, columns_of] @ hessian[columns_of]) * flat, groups).sum(-1)
+    gram = torch.cat([_gram(part, hessian) for part in levels.split(max(1, _PIECE // (groups * columns)))])
     wanted = grid.grouped((weight.float() @ hessian) * flat, groups).sum(-1)
     ridge = 1e-6 * gram.diagonal(dim1=1, dim2=2).mean(-1).clamp_min(1e-30)
     gram.diagonal(dim1=1, dim2=2).add_(ridge.unsqueeze(-1))
@@ -45,6 +42,14 @@ def refit(weight: Tensor, hessian: Tensor, codes: Tensor, scale: Tensor, zero: T
 
     better = loss(fitted) < loss(old)
     return torch.where(better.unsqueeze(-1), fitted, old).to(scale.dtype)
+
+
+def _gram(levels: Tensor, hessian: Tensor) -> Tensor:
+    """`[rows, groups, groups]`: for each row, `q_g H_gh q_hᵀ` of its groups' levels q, `[rows, groups, size]`."""
+    rows, groups, size = levels.shape
+    strips = hessian.reshape(groups, size, -1)  # [groups, size, in]
+    spread = torch.bmm(levels.transpose(0, 1), strips)  # [groups, rows, in]
+    return (spread.view(groups, rows, groups, size) * levels).sum(-1).transpose(0, 1).contiguous()
 
 
 def descend(

@@ -47,7 +47,7 @@ def retarget(weight: Tensor, statistics: Statistics) -> tuple[Tensor, float]:
 
 
 def pull(weight: Tensor, statistics: Statistics) -> Tensor:
-    """`E[(t − W x̂) x̂ᵀ]`, `[out, in]`: how the output that is wanted, t, differs from what the dense weight now gives."""
+    """`E[(t − W x̂) x̂ᵀ]`, `[out, in]`: how the wanted output t differs from what the dense weight gives by now."""
     assert statistics.drift is not None
     found = weight @ statistics.drift
     return found if statistics.residual is None or RESIDUAL == 0 else found + RESIDUAL * statistics.residual

@@ -1,0 +1,289 @@
+"""The last step of quantization: the whole model at once, taught by the dense one.
+
+Solvers see one layer at a time, and the errors they leave add up in ways that no layer can see. Here the packed model
+learns to predict what the dense model predicts, KL(dense ‖ quantized) over the whole vocabulary, on calibration text.
+What learns stays within the checkpoint's format: group scales and the model's own vectors (norms, biases), and, where
+bits are few, the codes themselves, by a straight-through estimate (as EfficientQAT, arXiv 2407.11062, does in blocks).
+Windows held out decide whether the result is kept; if it is no better there, the checkpoint stays as it was.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from wq import formats, grid, quantized
+from wq.checkpoint import Entry, overwrite, read_headers, read_tensor
+from wq.errors import CalibrationError, ModelError
+from wq.formats.stored import Stored
+from wq.solvers import Solution
+from wq.structure.linears import is_linear, matrix
+
+HELD_OUT = 8  # one window in so many decides, and is not learned from
+_INSIDE = 0.4  # of a step: how far from its code a weight may lie when codes begin to learn
+
+StepCallback = Callable[[int, int, float], None]
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Learning rates of Adam, each in units of what it moves.
+
+    scales: relative to a scale. vectors: relative to the mean magnitude of a vector. codes: in steps of the grid; 0
+    leaves codes as they are. epochs: passes over the windows. batch: windows a step.
+    """
+
+    scales: float = 2e-3
+    vectors: float = 2e-3
+    codes: float = 0.0
+    epochs: int = 1
+    batch: int = 4
+
+
+@torch.enable_grad()
+def distill(
+    folder: str | os.PathLike[str],
+    base: str | os.PathLike[str],
+    tokens: Tensor,
+    *,
+    rates: Rates | None = None,
+    device: str | torch.device = "cpu",
+    on_step: StepCallback | None = None,
+) -> dict[str, Any]:
+    """Teach the checkpoint in `folder` what `base` predicts on `tokens`, int64 `[windows, seqlen]`, and rewrite it.
+
+    Both models are in memory at once. Returns what was done: the KL on held-out windows before and after, and whether
+    the checkpoint was changed. Raises CalibrationError for too few windows, ModelError when nothing can learn.
+    """
+    rates, path = rates or Rates(), Path(folder)
+    if quantized.read_config(path).get("is_encoder_decoder"):
+        raise ModelError(f"{path}: an encoder-decoder model predicts from two texts; it is not distilled.")
+    if len(tokens) < HELD_OUT:
+        raise CalibrationError(f"{len(tokens)} calibration windows; distillation needs at least {HELD_OUT}.")
+    started = time.perf_counter()
+    teacher = _load(base, torch.device(device), False)
+    pupil = Pupil(path, teacher, torch.device(device), bool(rates.codes))
+    heldout = torch.arange(len(tokens)) % HELD_OUT == HELD_OUT - 1
+    learn, decide = tokens[~heldout], tokens[heldout]
+    before = mean_kl(teacher, pupil.model, decide)
+    steps = list(_batches(len(learn), rates))
+    optimizer = pupil.optimizer(rates)
+    peaks = [group["lr"] for group in optimizer.param_groups]
+    for step, rows in enumerate(steps):
+        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+            group["lr"] = peak * _schedule(step, len(steps))
+        loss = _accumulate(teacher, pupil.model, learn[rows])
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if on_step is not None:
+            on_step(step + 1, len(steps), loss)
+    pupil.settle()
+    after = mean_kl(teacher, pupil.model, decide)
+    if after < before:
+        pupil.write()
+    return {
+        "windows": len(learn),
+        "heldout_windows": len(decide),
+        "epochs": rates.epochs,
+        "steps": len(steps),
+        "layers": len(pupil.layers),
+        "vectors": len(pupil.vectors),
+        "codes": bool(rates.codes),
+        "heldout_kl": {"before": before, "after": after},
+        "kept": after < before,
+        "seconds": round(time.perf_counter() - started, 1),
+    }
+
+
+def required_bytes(folder: Path, rates: Rates) -> int:
+    """About what distilling takes: two models of 4-byte weights, and for codes that learn their gradients and moments.
+
+    An estimate from the headers, activations aside.
+    """
+    packed, others = quantized.split(read_headers(folder))
+    config = quantized.read_config(folder)["quantization_config"]
+    weights = sum(math.prod(quantized.describe(name, leaves, config).shape) for name, leaves in packed.items())
+    rest = sum(math.prod(entry.shape) for entry in others.values())
+    return 4 * (2 * (weights + rest) + weights * (3 if rates.codes else 1))
+
+
+def _batches(windows: int, rates: Rates) -> Iterator[Tensor]:
+    """Window numbers of each step, in an order of their own for each epoch."""
+    for epoch in range(rates.epochs):
+        order = torch.randperm(windows, generator=torch.Generator().manual_seed(epoch))
+        yield from order.split(rates.batch)
+
+
+def _schedule(step: int, steps: int) -> float:
+    """A short rise, then half a cosine down to 0."""
+    rise = max(1, steps // 10)
+    return min(1.0, (step + 1) / rise) * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+def _accumulate(teacher: nn.Module, student: nn.Module, windows: Tensor) -> float:
+    """Gradients of the mean KL of some windows, taken one window at a time; the mean."""
+    total = 0.0
+    for window in windows:
+        loss = _kl(teacher, student, window) / len(windows)
+        loss.backward()
+        total += float(loss.detach())
+    return total
+
+
+def _kl(teacher: nn.Module, student: nn.Module, window: Tensor) -> Tensor:
+    """Mean KL(teacher ‖ student) over the tokens of a window `[seqlen]`."""
+    ids = window.unsqueeze(0).to(next(student.parameters()).device)
+    with torch.no_grad():
+        wanted = functional.log_softmax(teacher(input_ids=ids, use_cache=False).logits[0].float(), dim=-1)
+    found = functional.log_softmax(student(input_ids=ids, use_cache=False).logits[0].float(), dim=-1)
+    return functional.kl_div(found, wanted, reduction="sum", log_target=True) / len(window)
+
+
+@torch.no_grad()
+def mean_kl(teacher: nn.Module, student: nn.Module, windows: Tensor) -> float:
+    """Mean KL(teacher ‖ student) over all tokens of `windows`."""
+    return sum(float(_kl(teacher, student, window)) for window in windows) / len(windows)
+
+
+class Pupil:
+    """A quantized checkpoint as a model that can learn, and be written back."""
+
+    def __init__(self, folder: Path, teacher: nn.Module, device: torch.device, codes: bool):
+        self.model = _load(folder, device, True)
+        self.model.requires_grad_(False)
+        self.entries = read_headers(folder)
+        config = quantized.read_config(folder)["quantization_config"]
+        packed, dense = quantized.split(self.entries)
+        self.layers: dict[str, Grid] = {}
+        self.stored: dict[str, Stored] = {}
+        for name, leaves in packed.items():
+            module = _submodule(self.model, name)
+            if module is None or not is_linear(module):  # of experts; they keep their weights
+                continue
+            stored = quantized.describe(name, leaves, config)
+            self.layers[name] = learner = Grid(module, _solution(leaves, stored), stored)
+            if codes:
+                learner.free(matrix(teacher.get_submodule(name)))
+            self.stored[name] = stored
+            self.model.set_submodule(name, learner)
+        learners = {id(p) for learner in self.layers.values() for p in learner.parameters()}
+        self.vectors = {
+            name: parameter
+            for name, parameter in self.model.named_parameters()
+            if parameter.dim() == 1 and name in dense and id(parameter) not in learners
+        }
+        for vector in self.vectors.values():
+            vector.requires_grad_(True)
+        if not self.layers:
+            raise ModelError(f"{folder}: no packed layer is found in the model under its own name; nothing can learn.")
+
+    def optimizer(self, rates: Rates) -> torch.optim.Optimizer:
+        """Adam over all that learns; a vector's rate is relative to its magnitude."""
+        groups: list[dict[str, Any]] = [
+            {"params": [learner.change for learner in self.layers.values()], "lr": rates.scales}
+        ]
+        latent = [learner.latent for learner in self.layers.values() if learner.latent.requires_grad]
+        if latent:
+            groups.append({"params": latent, "lr": rates.codes})
+        for vector in self.vectors.values():
+            groups.append({"params": [vector], "lr": rates.vectors * float(vector.detach().abs().mean())})
+        return torch.optim.Adam(groups, lr=rates.scales, betas=(0.9, 0.95))
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Round everything to what the checkpoint can hold, so that what is judged is what will be loaded."""
+        for learner in self.layers.values():
+            learner.settle()
+        for name, vector in self.vectors.items():
+            vector.copy_(vector.to(self.entries[name].dtype))
+
+    @torch.no_grad()
+    def write(self) -> None:
+        """Put what was learned in the place of what was there."""
+        for name, learner in self.layers.items():
+            stored = self.stored[name]
+            for leaf, tensor in formats.get(stored.format).pack(learner.solution(), stored.scheme).items():
+                overwrite(self.entries[f"{name}.{leaf}"], tensor)
+        for name, vector in self.vectors.items():
+            overwrite(self.entries[name], vector.to(self.entries[name].dtype))
+
+
+class Grid(nn.Module):
+    """A linear layer on an integer grid whose scales learn, and perhaps its codes."""
+
+    def __init__(self, dense: nn.Module, solution: Solution, stored: Stored):
+        super().__init__()
+        weight = matrix(dense)
+        device = weight.device
+        self.scheme = stored.scheme
+        self.bias: Tensor | None = getattr(dense, "bias", None)
+        self.scale = solution.scale.float().to(device)
+        self.zero = solution.zero.float().to(device)
+        self.change = nn.Parameter(torch.zeros_like(self.scale))
+        self.latent = nn.Parameter(solution.codes.to(device, torch.float32), requires_grad=False)
+
+    def free(self, weight: Tensor) -> None:
+        """Let codes learn, from where the dense weight `[out, in]` lies, or as near as leaves them as they are."""
+        groups = self.scale.shape[1]
+        place = grid.grouped(weight.float(), groups) / self.scale.unsqueeze(-1) + self.zero.unsqueeze(-1)
+        codes = self.latent.data
+        self.latent.data = place.reshape(codes.shape).clamp(codes - _INSIDE, codes + _INSIDE)
+        self.latent.requires_grad_(True)
+
+    def scales(self) -> Tensor:
+        """The scales, `[out, groups]`, as the checkpoint will hold them; gradients pass through the rounding."""
+        exact = self.scale * (1 + self.change)
+        return exact + (grid.stored(exact.detach(), self.scheme) - exact).detach()
+
+    def codes(self) -> Tensor:
+        """The codes, float `[out, in]`; gradients pass through the rounding."""
+        if not self.latent.requires_grad:
+            return self.latent
+        inside = self.latent.clamp(0, self.scheme.levels - 1)
+        return inside + (inside.round() - inside).detach()
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = self.scales()
+        levels = grid.grouped(self.codes(), scale.shape[1]) - self.zero.unsqueeze(-1)
+        weight = (levels * scale.unsqueeze(-1)).reshape(self.latent.shape)
+        return functional.linear(x, weight.to(x.dtype), self.bias)
+
+    def settle(self) -> None:
+        """Take what was learned for what is stored."""
+        self.scale, self.latent.data = self.scales().detach(), self.codes().detach().round()
+        self.change.data.zero_()
+
+    def solution(self) -> Solution:
+        """What a format packs."""
+        scale = self.scale.to(grid.scale_dtype(self.scheme)).cpu()
+        return Solution(self.latent.detach().to(torch.uint8).cpu(), scale, self.zero.to(torch.uint8).cpu(), {})
+
+
+def _solution(leaves: dict[str, Entry], stored: Stored) -> Solution:
+    tensors = {leaf: read_tensor(entry) for leaf, entry in leaves.items()}
+    found: Solution = formats.get(stored.format).unpack(tensors, stored.scheme, stored.shape)
+    return found
+
+
+def _submodule(model: nn.Module, name: str) -> nn.Module | None:
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        return None
+
+
+def _load(source: str | os.PathLike[str], device: torch.device, dequantize: bool) -> nn.Module:
+    from wq.hf import load
+
+    dtype = "float32" if device.type == "cpu" else "auto"
+    model, _ = load(source, dtype=dtype, device=device, dequantize=dequantize)
+    return model.eval()

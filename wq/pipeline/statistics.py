@@ -1,0 +1,155 @@
+"""What calibration says of a layer's input, summed over tokens while a block runs.
+
+Nothing of a token is kept: sums of outer products are all that the solvers ask for, so memory does not grow with the
+calibration set. Tokens that are not finite are left out and counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from wq.pipeline.blocks import Stop, first_hidden
+from wq.solvers import Statistics
+from wq.structure.linears import matrix
+
+_HELD_OUT = 8  # one window in so many decides, and is not fitted to
+
+Run = Callable[[int], Any]
+
+
+@torch.no_grad()
+def collect(readers: list[nn.Module], run: Run, batches: int) -> list[Statistics]:
+    """Statistics of each reader's input over all batches; a pass stops once the last reader has its input."""
+    sums = [SecondMoment(*_place(reader)) for reader in readers]
+    by_reader = {id(reader): total for reader, total in zip(readers, sums, strict=True)}
+    left = 0
+
+    def enter(module: nn.Module, args: tuple[Any, ...]) -> None:
+        nonlocal left
+        by_reader[id(module)].add(args[0])
+        left -= 1
+        if not left:
+            raise Stop
+
+    with ExitStack() as hooks:
+        for reader in readers:
+            hooks.callback(reader.register_forward_pre_hook(enter).remove)
+        for batch in range(batches):
+            left = len(readers)
+            with suppress(Stop):
+                run(batch)
+    return [total.result() for total in sums]
+
+
+def _place(reader: nn.Module) -> tuple[int, torch.device]:
+    """A layer's `in_features` and device."""
+    weight = matrix(reader)
+    return weight.shape[1], weight.device
+
+
+@dataclass
+class Tap:
+    """A layer in a block that runs batch by batch.
+
+    residual: the module whose input the layer's output is added to, or None. outputs: the block's, one for each batch,
+    if `whole` has its passes run to the end; else a pass stops at the layer.
+    """
+
+    reader: nn.Module
+    residual: nn.Module | None
+    run: Run
+    whole: bool = False
+    outputs: list[Tensor] = field(default_factory=list)
+
+    def read(self, batch: int) -> tuple[Tensor, Tensor | None]:
+        """The layer's input, and what its output is added to."""
+        found: dict[str, Tensor] = {}
+
+        def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            found["residual"] = first_hidden(args, kwargs)
+
+        def enter(module: nn.Module, args: tuple[Any, ...]) -> None:
+            found["input"] = args[0]
+            if not self.whole:
+                raise Stop
+
+        with ExitStack() as hooks:
+            hooks.callback(self.reader.register_forward_pre_hook(enter).remove)
+            if self.residual is not None:
+                hooks.callback(self.residual.register_forward_pre_hook(note, with_kwargs=True).remove)
+            with suppress(Stop):
+                self.outputs.append(self.run(batch))
+        return found["input"], found.get("residual")
+
+
+@torch.no_grad()
+def collect_pairs(quantized: Tap, dense: Tap | None, windows: Sequence[int]) -> Statistics:
+    """Statistics of a layer's input in the model quantized so far, and of its drift from the dense model's if given.
+
+    windows: how many each batch has. Every eighth window is held out, to decide on.
+    """
+    sums = SecondMoment(*_place(quantized.reader)), SecondMoment(*_place(quantized.reader))
+    seen = 0
+    for batch, count in enumerate(windows):
+        x, r = (None, None) if dense is None else dense.read(batch)
+        q, s = quantized.read(batch)
+        drift = None if r is None or s is None else r - s
+        heldout = torch.arange(seen, seen + count, device=q.device) % _HELD_OUT == _HELD_OUT - 1
+        seen += count
+        for total, rows in zip(sums, (~heldout, heldout), strict=True):
+            total.add(_windows(q, count)[rows], *(None if t is None else _windows(t, count)[rows] for t in (x, drift)))
+    fitted, decisive = (total.result() for total in sums)
+    return replace(fitted, heldout=decisive if decisive.tokens else None)
+
+
+def _windows(tokens: Tensor, count: int) -> Tensor:
+    """`[windows, tokens, size]`, also of tokens whose windows a model has joined."""
+    return tokens.reshape(count, -1, tokens.shape[-1])
+
+
+class SecondMoment:
+    """Sums x̂ x̂ᵀ over tokens, and where they are given (x − x̂) x̂ᵀ and (r − r̂) x̂ᵀ, in float32."""
+
+    def __init__(self, size: int, device: torch.device):
+        self.tokens = 0
+        self.dropped = 0
+        self.total = torch.zeros(size, size, dtype=torch.float32, device=device)
+        self.drift: Tensor | None = None
+        self.residual: Tensor | None = None
+
+    def add(self, quantized: Tensor, x: Tensor | None = None, residual: Tensor | None = None) -> None:
+        """Add tokens, `[..., size]`. residual: `[..., out_features]`, a difference already."""
+        rows = quantized.reshape(-1, quantized.shape[-1]).float()
+        drift = None if x is None else x.reshape(rows.shape).float() - rows
+        offset = None if residual is None else residual.reshape(len(rows), residual.shape[-1]).float()
+        given = [part for part in (rows, drift, offset) if part is not None]
+        finite = torch.stack([part.sum(-1).isfinite() for part in given]).all(0)
+        if not finite.all():
+            self.dropped += int((~finite).sum())
+            rows = rows[finite]
+            drift, offset = (None if part is None else part[finite] for part in (drift, offset))
+        self.tokens += len(rows)
+        self.total.addmm_(rows.t(), rows)
+        if drift is not None:
+            self.drift = self._plus(self.drift, drift, rows)
+        if offset is not None:
+            self.residual = self._plus(self.residual, offset, rows)
+
+    @staticmethod
+    def _plus(total: Tensor | None, left: Tensor, rows: Tensor) -> Tensor:
+        if total is None:
+            total = torch.zeros(left.shape[1], rows.shape[1], dtype=torch.float32, device=rows.device)
+        return total.addmm_(left.t(), rows)
+
+    def result(self) -> Statistics:
+        """Their mean."""
+        count = max(self.tokens, 1)
+        drift = None if self.drift is None else self.drift / count
+        residual = None if self.residual is None else self.residual / count
+        return Statistics(self.total / count, self.tokens, drift, residual, dropped=self.dropped)

@@ -1,0 +1,113 @@
+"""Recipes with a name: how much text, which steps, and what comes after the last block.
+
+    fast      GPTQ from a few windows, all layers of a block learning from one pass
+    balanced  the default: every layer learns behind the quantized ones before it, what the dense model computes there
+    best      balanced, and then the whole model at once (`distill`)
+
+Anything said explicitly counts more than the preset.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from wq import report
+from wq.distill import HELD_OUT, Rates, StepCallback, distill, required_bytes
+from wq.errors import CalibrationError, ModelError, UnknownNameError
+from wq.machine import default_device, free_bytes
+from wq.pipeline import quantizer
+
+LESSONS = 4
+
+
+@dataclass(frozen=True)
+class Preset:
+    """method, samples, seqlen, without: as `wq.quantize` has them. rates: of distillation, by bits, if there is any.
+
+    What solvers learn from they have fitted to: one window in `LESSONS` is kept from them, to distil on.
+    """
+
+    samples: int
+    seqlen: int = 512
+    method: str = "gptq"
+    without: tuple[str, ...] = ()
+    rates: dict[int, Rates] = field(default_factory=dict)
+
+
+PRESETS = {
+    "fast": Preset(16, without=("refine", "sequence", "target")),
+    "balanced": Preset(128),
+    "best": Preset(256, rates={2: Rates(codes=5e-3), 3: Rates(codes=5e-3), 4: Rates(), 8: Rates()}),
+}
+
+
+def quantize(
+    model: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    preset: str = "balanced",
+    method: str | None = None,
+    bits: int | None = None,
+    samples: int | None = None,
+    seqlen: int | None = None,
+    without: Iterable[str] = (),
+    device: str | None = None,
+    on_step: StepCallback | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Quantize a dense model into a checkpoint folder that transformers and vLLM load, and return its report.
+
+    preset: `fast`, `balanced` or `best`; what else is given counts more. on_step: called after each step of
+    distillation with its number, their number, and its KL. Everything else: `wq.pipeline.quantizer.quantize`.
+
+    Raises a WqError, before any heavy work, for everything that can be known to fail.
+    """
+    if preset not in PRESETS:
+        raise UnknownNameError(f"preset {preset!r} is unknown; wq has {', '.join(PRESETS)}.")
+    chosen = PRESETS[preset]
+    same = method is None or method == chosen.method
+    samples = chosen.samples if samples is None else samples
+    rates = chosen.rates.get(4 if bits is None else bits) if same else None
+    reserve = 0 if rates is None else samples // LESSONS
+    if rates is not None and reserve < HELD_OUT:
+        raise CalibrationError(f"--samples {samples}: preset {preset} needs at least {LESSONS * HELD_OUT} windows.")
+
+    def finish(folder: Path, tokens: Tensor | None) -> dict[str, Any]:
+        if rates is None or tokens is None:
+            return {"preset": preset}
+        if len(tokens) < HELD_OUT:
+            short = f"the text holds {len(tokens)} windows besides those that were solved on, of {HELD_OUT} it takes"
+            return {"preset": preset, "distillation": {"kept": False, "reason": short}}
+        taught = _taught(folder, model, tokens, rates, device or default_device(), on_step)
+        return {"preset": preset, "distillation": taught}
+
+    return quantizer.quantize(
+        model,
+        output,
+        method=method or chosen.method,
+        bits=bits,
+        samples=samples,
+        seqlen=chosen.seqlen if seqlen is None else seqlen,
+        without={*without, *(chosen.without if same else ())},
+        reserve=reserve,
+        device=device,
+        finish=finish,
+        **options,
+    )
+
+
+def _taught(folder: Path, model: Any, tokens: Tensor, rates: Rates, device: str, on_step: Any) -> dict[str, Any]:
+    """Distil, or say why not: the checkpoint is good without it, and was long in the making."""
+    need, free = required_bytes(folder, rates), free_bytes(device)
+    if need > free:
+        return {"kept": False, "reason": f"it takes {report.size(need)} of memory, and {report.size(free)} is free"}
+    try:
+        return distill(folder, model, tokens, rates=rates, device=device, on_step=on_step)
+    except ModelError as error:
+        return {"kept": False, "reason": str(error)}
