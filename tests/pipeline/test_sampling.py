@@ -64,24 +64,27 @@ def test_the_seed_decides(source: Source, monkeypatch: pytest.MonkeyPatch) -> No
     assert len({tuple(row) for row in batched.tolist()}) == 6  # no batch repeats another
 
 
-def test_tokens_are_drawn_from_the_models_own_distribution(source: Source, tiny_model: TinyModel) -> None:
-    """Token by token, with the cache, and at temperature 1: the share of each first token is its probability."""
-    tokens = sample(source, samples=3000, seqlen=2)
-    model = AutoModelForCausalLM.from_pretrained(tiny_model(), dtype=torch.float32)
+def test_tokens_are_drawn_from_the_models_own_distribution(tmp_path: Path) -> None:
+    """At temperature 1 and of all tokens, with the cache: what is likely comes as often as the model says."""
+    folder = tiny_models.make(tmp_path / "model", "llama")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model.lm_head.weight.data *= 8  # as it is, every token is about as likely as another, at any temperature
+    model.save_pretrained(folder)
+    known = len(tiny_models.tokenizer())
+    with open_source(folder) as source:
+        pairs, windows = sample(source, samples=3000, seqlen=2), sample(source, samples=64, seqlen=64)
     with torch.no_grad():
-        logits = model(input_ids=torch.tensor([[0]])).logits[0, 0, : len(tiny_models.tokenizer())]
-    probability = logits.softmax(-1)
-    share = torch.bincount(tokens[:, 1], minlength=len(probability)) / len(tokens)
-    noise = (probability * (1 - probability) / len(tokens)).sqrt()
+        probability = model(input_ids=pairs[:1, :1]).logits[0, 0, :known].softmax(-1)
+        logs = model(input_ids=windows).logits[:, :-1, :known].log_softmax(-1)
+    assert probability.max() > 10 / known
+    share = torch.bincount(pairs[:, 1], minlength=known) / len(pairs)
+    noise = (probability * (1 - probability) / len(pairs)).sqrt() + 1 / len(pairs)
     assert ((share - probability).abs() < 5 * noise).all()
-    # So is that of longer windows: their likelihood is what the entropy says, which no other temperature gives.
-    longer = sample(source, samples=64, seqlen=64)
-    with torch.no_grad():
-        logs = model(input_ids=longer).logits[:, :-1, : len(probability)].log_softmax(-1)
-    likely = logs.gather(2, longer[:, 1:, None]).squeeze(-1)
-    usual = longer[:, :-1] != 1  # after </s> comes <s>, by rule
-    surprise = (likely + (-(logs.exp() * logs).sum(-1)))[usual]
-    assert abs(float(surprise.mean())) < 4 * float(surprise.std()) / len(surprise) ** 0.5
+    # The mean surprise of a sample is the entropy of what it was drawn from.
+    free = windows[:, :-1] != 1  # after </s> comes <s>, by rule
+    surprise = -logs.gather(2, windows[:, 1:, None]).squeeze(-1)[free]
+    entropy = -(logs.exp() * logs).sum(-1)[free]
+    assert abs(float((surprise - entropy).mean())) < 4 * float((surprise - entropy).std()) / len(entropy) ** 0.5
 
 
 def test_after_the_end_of_a_text_another_begins_in_the_same_window(source: Source) -> None:
