@@ -102,7 +102,9 @@ def test_a_folder_that_is_not_quantized_is_refused(made: Callable[[str], Path], 
         convert(empty, tmp_path / "out", to="gptq")
 
 
-def test_several_schemes_go_over_into_formats_that_have_a_scheme_for_each_layer(made: Callable[[str], Path], tmp_path: Path) -> None:
+def test_several_schemes_go_over_into_formats_that_have_a_scheme_for_each_layer(
+    made: Callable[[str], Path], tmp_path: Path
+) -> None:
     """One layer's scales repeated: the same weights, in groups half as long."""
     name = f"{Q}.weight_scale"
     folder = changed(
