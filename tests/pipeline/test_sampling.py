@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ def test_windows_are_whole_and_of_known_tokens(architecture: str, tiny_model: Ti
         assert all(parameter.is_meta for parameter in source.model.parameters())  # freed again
     assert tokens.shape == (6, 40)
     assert tokens.dtype == torch.int64
-    assert (tokens[:, 0] == 0).all()  # <s>
+    assert int(tokens[0, 0]) == 0  # <s>
     assert int(tokens.max()) < len(tiny_models.tokenizer())  # the model's vocabulary is larger
     assert len(tokens.unique()) > 60
 
@@ -64,8 +65,9 @@ def test_the_seed_decides(source: Source, monkeypatch: pytest.MonkeyPatch) -> No
     assert len({tuple(row) for row in batched.tolist()}) == 6  # no batch repeats another
 
 
-def test_tokens_are_drawn_from_the_models_own_distribution(tmp_path: Path) -> None:
+def test_tokens_are_drawn_from_the_models_own_distribution(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """At temperature 1 and of all tokens, with the cache: what is likely comes as often as the model says."""
+    monkeypatch.setattr(sampling, "_SHORTEST", 100)  # no text ends: a window is one
     folder = tiny_models.make(tmp_path / "model", "llama")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     model.lm_head.weight.data *= 8  # as it is, every token is about as likely as another, at any temperature
@@ -73,26 +75,48 @@ def test_tokens_are_drawn_from_the_models_own_distribution(tmp_path: Path) -> No
     known = len(tiny_models.tokenizer())
     with open_source(folder) as source:
         pairs, windows = sample(source, samples=3000, seqlen=2), sample(source, samples=64, seqlen=64)
-    with torch.no_grad():
-        probability = model(input_ids=pairs[:1, :1]).logits[0, 0, :known].softmax(-1)
-        logs = model(input_ids=windows).logits[:, :-1, :known].log_softmax(-1)
+
+    def logs(ids: Tensor) -> Tensor:
+        with torch.no_grad():
+            found = model(input_ids=ids).logits[:, :-1, :known]
+        found[..., 1] = -1e9  # </s>
+        return found.log_softmax(-1)
+
+    probability = logs(pairs[:1])[0, 0].exp()
     assert probability.max() > 10 / known
     share = torch.bincount(pairs[:, 1], minlength=known) / len(pairs)
     noise = (probability * (1 - probability) / len(pairs)).sqrt() + 1 / len(pairs)
     assert ((share - probability).abs() < 5 * noise).all()
     # The mean surprise of a sample is the entropy of what it was drawn from.
-    free = windows[:, :-1] != 1  # after </s> comes <s>, by rule
-    surprise = -logs.gather(2, windows[:, 1:, None]).squeeze(-1)[free]
-    entropy = -(logs.exp() * logs).sum(-1)[free]
-    assert abs(float((surprise - entropy).mean())) < 4 * float((surprise - entropy).std()) / len(entropy) ** 0.5
+    predicted = logs(windows)
+    surprise = -predicted.gather(2, windows[:, 1:, None]).squeeze(-1)
+    excess = surprise + (predicted.exp() * predicted).sum(-1)
+    assert abs(float(excess.mean())) < 4 * float(excess.std()) / excess.numel() ** 0.5
 
 
-def test_after_the_end_of_a_text_another_begins_in_the_same_window(source: Source) -> None:
-    tokens = sample(source, samples=100, seqlen=60)
-    ended = tokens[:, :-1] == 1
-    assert ended.sum() > 5  # as likely as any token of a random model
-    assert (tokens[:, 1:][ended] == 0).all()
-    assert (tokens[:, 1:][~ended] != 0).any()
+def test_texts_are_written_apart_and_joined(tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every text begins anew and sees no other; none is so short that a window would be all beginnings."""
+    monkeypatch.setattr(sampling, "_SHORTEST", 8)
+    rounds: list[Tensor] = []
+    with open_source(tiny_model()) as source:
+        ends = [1, *range(100, 110)]  # the tokenizer's, and what else the config names
+        source.config.eos_token_id = ends[1:]
+        generate = source.model.generate
+
+        def spy(start: Tensor, **options: Any) -> Tensor:
+            rounds.append(generate(start, **options))
+            return rounds[-1]
+
+        source.model.generate = spy
+        windows = sample(source, samples=10, seqlen=64)
+    texts = []
+    for row in [row for written in rounds for row in written.tolist()]:
+        place = next((i for i, token in enumerate(row) if token in ends), len(row) - 1)
+        texts.append(row[: place + 1])
+    assert len(rounds) > 1  # the first wrote as many texts as there are windows, most of which ended early
+    assert 8 < min(map(len, texts)) < 32
+    assert all(text[0] == 0 for text in texts)
+    assert windows.flatten().tolist() == [token for text in texts for token in text][: 10 * 64]
 
 
 def test_without_a_beginning_a_random_token_begins_and_likely_ones_follow(tmp_path: Path) -> None:
@@ -101,9 +125,12 @@ def test_without_a_beginning_a_random_token_begins_and_likely_ones_follow(tmp_pa
         assert source.tokenizer.bos_token_id is None
         tokens = sample(source, samples=40, seqlen=30)
     assert len(tokens[:, 0].unique()) > 25
+    assert not (tokens == 1).any()  # 30 tokens are too few for a text to end
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     with torch.no_grad():
-        likeliest = model(input_ids=tokens).logits[..., : len(tiny_models.tokenizer())].argmax(-1)
+        logits = model(input_ids=tokens).logits[..., : len(tiny_models.tokenizer())]
+    logits[..., 1] = -torch.inf  # which would end the text
+    likeliest = logits.argmax(-1)
     assert torch.equal(tokens[:, 1:4], likeliest[:, :3])
     assert (tokens[:, 4:] != likeliest[:, 3:-1]).float().mean() > 0.5
 
@@ -120,7 +147,9 @@ def test_progress_counts_tokens(source: Source, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(sampling, "_CACHED_TOKENS", 4 * 70)
     seen: list[tuple[int, int]] = []
     sample(source, samples=6, seqlen=70, on_sample=lambda *e: seen.append(e))
-    assert seen == [(128, 420), (256, 420), (280 + 64, 420), (280 + 128, 420)]
+    assert seen[0] == (4 * 32, 420)
+    assert len(seen) > 3
+    assert all(one <= other <= 420 for (one, _), (other, _) in pairwise(seen))
 
 
 def test_a_model_calibrates_itself(tiny_model: TinyModel, tmp_path: Path) -> None:
