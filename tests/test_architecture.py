@@ -36,6 +36,7 @@ RANKS = {
             ("pipeline", "hf"),
             ("evaluate", "tasks", "hub", "doctor", "tuning", "convert", "verify", "distill"),
             ("presets",),
+            ("planning",),
             ("cli",),
             ("__main__",),
         ]

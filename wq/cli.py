@@ -29,6 +29,48 @@ _err = Console(stderr=True)
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object for programs, and nothing else.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, ...; the first GPU by default, or the CPU.")]
+Model = Annotated[str, typer.Argument(help="A repo id, a local folder or a GGUF file.")]
+Preset = Annotated[
+    str, typer.Option(help="fast, balanced or best: how much text and which steps. What else is given counts more.")
+]
+Method = Annotated[str | None, typer.Option(help="gptq, awq or rtn (which needs no data). Default: gptq.")]
+Bits = Annotated[int | None, typer.Option(help="2, 3, 4 or 8. Default: 4.")]
+TargetBpw = Annotated[
+    float | None, typer.Option(help="Instead of --bits: mix widths so that a weight takes so many bits, 3.5 say.")
+]
+TargetSize = Annotated[
+    str | None, typer.Option(help="Instead of --bits: mix widths so that all tensors take so much: 4.5GB.")
+]
+Mix = Annotated[str | None, typer.Option(help="The widths to mix. Default: 2,3,4,8; SGLang reads 4,8 alone.")]
+Group = Annotated[
+    int | None, typer.Option("--group", help="Columns that share a scale; -1: a row. Default: 128, or what fits.")
+]
+Symmetric = Annotated[bool, typer.Option("--symmetric/--asymmetric", help="Without or with zero points.")]
+Format = Annotated[str, typer.Option(help="compressed-tensors, gptq or awq.")]
+CalibrationText = Annotated[
+    str,
+    typer.Option(
+        help="c4, wikitext, a dataset id, a .txt/.jsonl/.parquet file, or, with no network, builtin, or self: the "
+        "model writes it, and must fit in memory whole for that."
+    ),
+]
+Samples = Annotated[int | None, typer.Option(help="Calibration windows. Default: 128; fast 16, best 256.")]
+Seqlen = Annotated[int | None, typer.Option(help="Tokens in a calibration window. Default: 512.")]
+Keep = Annotated[
+    list[str] | None, typer.Option(help="Regular expression: matching layers stay dense. May be repeated.")
+]
+Without = Annotated[
+    list[str] | None,
+    typer.Option(help="Leave out a step (order, refine, search, sequence, target), to see its worth. Repeatable."),
+]
+Dtype = Annotated[
+    str | None, typer.Option(help="Of scales and dense tensors: float16, bfloat16, float32. Default: the model's.")
+]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of the repo.")]
+TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run modeling code that the repo brings.")]
+MaxMemory = Annotated[
+    str | None, typer.Option(help="Refuse what takes more on its device, RAM or a GPU's memory: 12GB.")
+]
 
 
 def main() -> None:
@@ -64,53 +106,28 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Print the 
 
 @app.command()
 def quantize(
-    model: Annotated[str, typer.Argument(help="A repo id, a local folder or a GGUF file.")],
+    model: Model,
     output: Annotated[Path, typer.Option("--output", "-o", help="The folder to make.")],
-    preset: Annotated[
-        str, typer.Option(help="fast, balanced or best: how much text and which steps. What else is given counts more.")
-    ] = "balanced",
-    method: Annotated[str | None, typer.Option(help="gptq, awq or rtn (which needs no data). Default: gptq.")] = None,
-    bits: Annotated[int | None, typer.Option(help="2, 3, 4 or 8. Default: 4.")] = None,
-    target_bpw: Annotated[
-        float | None, typer.Option(help="Instead of --bits: mix widths so that a weight takes so many bits, 3.5 say.")
-    ] = None,
-    target_size: Annotated[
-        str | None, typer.Option(help="Instead of --bits: mix widths so that all tensors take so much: 4.5GB.")
-    ] = None,
-    mix: Annotated[
-        str | None, typer.Option(help="The widths to mix. Default: 2,3,4,8; SGLang reads 4,8 alone.")
-    ] = None,
-    group: Annotated[
-        int | None, typer.Option("--group", help="Columns that share a scale; -1: a row. Default: 128, or what fits.")
-    ] = None,
-    symmetric: Annotated[bool, typer.Option("--symmetric/--asymmetric", help="Without or with zero points.")] = True,
-    format: Annotated[str, typer.Option(help="compressed-tensors, gptq or awq.")] = "compressed-tensors",
-    calibration: Annotated[
-        str,
-        typer.Option(
-            help="c4, wikitext, a dataset id, a .txt/.jsonl/.parquet file, or, with no network, builtin, or self: the "
-            "model writes it, and must fit in memory whole for that."
-        ),
-    ] = "c4",
-    samples: Annotated[int | None, typer.Option(help="Calibration windows. Default: 128; fast 16, best 256.")] = None,
-    seqlen: Annotated[int | None, typer.Option(help="Tokens in a calibration window. Default: 512.")] = None,
+    preset: Preset = "balanced",
+    method: Method = None,
+    bits: Bits = None,
+    target_bpw: TargetBpw = None,
+    target_size: TargetSize = None,
+    mix: Mix = None,
+    group: Group = None,
+    symmetric: Symmetric = True,
+    format: Format = "compressed-tensors",
+    calibration: CalibrationText = "c4",
+    samples: Samples = None,
+    seqlen: Seqlen = None,
     seed: Annotated[int, typer.Option(help="Chooses and orders the calibration text.")] = 0,
-    keep: Annotated[
-        list[str] | None, typer.Option(help="Regular expression: matching layers stay dense. May be repeated.")
-    ] = None,
-    without: Annotated[
-        list[str] | None,
-        typer.Option(help="Leave out a step (order, refine, search, sequence, target), to see its worth. Repeatable."),
-    ] = None,
-    dtype: Annotated[
-        str | None, typer.Option(help="Of scales and dense tensors: float16, bfloat16, float32. Default: the model's.")
-    ] = None,
+    keep: Keep = None,
+    without: Without = None,
+    dtype: Dtype = None,
     device: Device = None,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the repo.")] = None,
+    revision: Revision = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a folder that is not empty.")] = False,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run modeling code that the repo brings.")
-    ] = False,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
     """Quantize a dense model into a folder that transformers and vLLM load."""
@@ -166,6 +183,82 @@ def quantize(
         highlight=False,
     )
     _out.print(f"next: wq eval {output} --base {model}", markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
+def plan(
+    model: Annotated[str, typer.Argument(help="A repo id, of which no weights are fetched, or a local folder.")],
+    preset: Preset = "balanced",
+    method: Method = None,
+    bits: Bits = None,
+    target_bpw: TargetBpw = None,
+    target_size: TargetSize = None,
+    mix: Mix = None,
+    group: Group = None,
+    symmetric: Symmetric = True,
+    format: Format = "compressed-tensors",
+    calibration: CalibrationText = "c4",
+    samples: Samples = None,
+    seqlen: Seqlen = None,
+    keep: Keep = None,
+    without: Without = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
+    max_memory: MaxMemory = None,
+    as_json: Json = False,
+) -> None:
+    """What quantize would make and take, with the same options: size, memory, disk, time, layers. Reads no weights."""
+    from wq.planning import plan as run
+
+    made = run(
+        model,
+        preset=preset,
+        method=method,
+        bits=bits,
+        group_size=group,
+        symmetric=symmetric,
+        format=format,
+        calibration=calibration,
+        samples=samples,
+        seqlen=seqlen,
+        keep=keep or (),
+        without=without or (),
+        dtype=dtype,
+        device=device,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        target_bpw=target_bpw,
+        target_size=target_size,
+        mix=None if mix is None else _widths(mix),
+        max_memory=max_memory,
+    )
+    if as_json:
+        print(json.dumps(made))
+        return
+    from wq import report
+
+    for line in report.planned(made):
+        _out.print(line, markup=False, highlight=False, soft_wrap=True)
+    _out.print(layer_table(made["layers"]))
+
+
+def layer_table(layers: list[dict[str, Any]]) -> Table:
+    """Layers by scheme, and what they take on disk."""
+    from wq import report
+
+    table = Table(title="layers that are quantized", title_justify="left")
+    for column in ("layer", "shape", "blocks", "bits", "group", "grid", "on disk"):
+        table.add_column(column, justify="left" if column in ("layer", "grid") else "right")
+    for row in layers:
+        scheme = row["scheme"]
+        group = "row" if scheme["group_size"] == -1 else str(scheme["group_size"])
+        grid = "symmetric" if scheme["symmetric"] else "asymmetric"
+        shape = " × ".join(map(str, row["shape"]))
+        counts = str(row["blocks"]), str(scheme["bits"]), group
+        table.add_row(row["layer"], shape, *counts, grid, report.size(row["bytes"]))
+    return table
 
 
 def _widths(text: str) -> list[int]:

@@ -55,10 +55,17 @@ def search(weight: Tensor, scheme: Scheme, importance: Tensor | None = None) -> 
     w = grouped(weight.float(), groups)
     omega = _normalized(importance, groups, in_features // groups, weight.device)
     search_rows = _search_symmetric if scheme.symmetric else _search_asymmetric
+    if weight.is_meta:  # shapes alone: there is nothing to search
+        return _shapes(out_features, groups, scheme)
     rows = max(1, _BLOCK // in_features)
     found = [search_rows(w[i : i + rows], omega, scheme) for i in range(0, out_features, rows)]
     scale, zero = (torch.cat(parts) for parts in zip(*found, strict=True))
     return scale.to(scale_dtype(scheme)), zero.to(torch.uint8)
+
+
+def _shapes(rows: int, groups: int, scheme: Scheme) -> tuple[Tensor, Tensor]:
+    grids = torch.empty(rows, groups, device="meta")
+    return grids.to(scale_dtype(scheme)), grids.to(torch.uint8)
 
 
 def cover(weight: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:

@@ -95,6 +95,16 @@ class Mapped:
                 yield int(low, 16), int(high, 16)
 
 
+def rss_bytes() -> int:
+    """The resident size of this process, after giving back what it holds and does not use."""
+    release_memory()
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return peak_rss_bytes()
+    line = next(line for line in status.read_text().splitlines() if line.startswith("VmRSS"))
+    return int(line.split()[1]) * 1024
+
+
 def peak_rss_bytes() -> int:
     """The largest resident size this process has had."""
     status = Path("/proc/self/status")

@@ -46,6 +46,39 @@ def share(report: dict[str, Any]) -> str:
     return f"quantized {part:,} of {whole:,} parameters ({part / whole:.1%})"
 
 
+def planned(plan: dict[str, Any]) -> list[str]:
+    """What `wq plan` found, a line for each thing that a run takes."""
+    journal, device = plan["disk_bytes"]["journal"], plan["device"]
+    largest = max(plan["moments"], key=lambda moment: moment["bytes"])
+    parts = dict(largest["parts"])
+    if device == "cpu":
+        parts["Python and its libraries"] = plan["process_bytes"]
+    told = ", ".join(f"{size(count)} {name}" for name, count in sorted(parts.items(), key=lambda p: -p[1]) if count)
+    least, most = plan["seconds"]["least"], plan["seconds"]["most"]
+    lines = [
+        f"{plan['model']}: {share(plan)}, {plan['method']} to {plan['format']}",
+        f"checkpoint: {size(plan['source_bytes'])} → {size(plan['checkpoint_bytes'])}",
+        f"peak memory: {size(plan['peak_rss_bytes'])} of RAM",
+    ]
+    if device != "cpu":
+        lines.append(f"peak memory on {device}: {size(plan['peak_device_bytes'])} of tensors, its libraries aside")
+    lines += [
+        f"  at {largest['name']}: {told}",
+        f"disk: {size(sum(plan['disk_bytes'].values()))}, of which {size(journal)} until it is done",
+        f"time: {duration(least)} to {duration(most)}, at this machine's pace now; reading calibration text aside",
+    ]
+    if plan["peak_device_bytes"] > plan["free_bytes"]:
+        lines.append(f"! only {size(plan['free_bytes'])} of memory is free on {device} now")
+    return lines
+
+
+def duration(seconds: float) -> str:
+    """`40 s`, `12 min`, `3.5 h`."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
 def label(report: dict[str, Any]) -> str:
     """How many bits, in a word: `4-bit`, or `3.5-bit mixed`."""
     mixed = report.get("mixed")

@@ -316,7 +316,7 @@ def test_without_memory_for_all_streams_a_block_is_measured_at_once(
     mixture: Callable[..., tuple[Path, Any]], tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, alone = mixture("llama")
-    monkeypatch.setattr(sensitivity, "_STREAM_BYTES", 0)
+    monkeypatch.setattr(sensitivity, "STREAM_BYTES", 0)
     made = quantize(tiny_model(), tmp_path / "out", method="rtn", target_bpw=4.7, **SMALL)
     assert (alone["mixed"]["measured"], made["mixed"]["measured"]) == ("units", "blocks")
     for block in {unit["block"] for unit in made["mixed"]["units"]}:

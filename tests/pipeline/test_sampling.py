@@ -59,7 +59,7 @@ def test_the_seed_decides(source: Source, monkeypatch: pytest.MonkeyPatch) -> No
     torch.manual_seed(8)
     assert torch.equal(sample(source), first)
     assert not torch.equal(sample(source, seed=1), first)
-    monkeypatch.setattr(sampling, "_CACHED_TOKENS", 80)  # two rows at a time
+    monkeypatch.setattr(sampling, "CACHED_TOKENS", 80)  # two rows at a time
     batched = sample(source)
     assert batched.shape == first.shape
     assert len({tuple(row) for row in batched.tolist()}) == 6  # no batch repeats another
@@ -144,7 +144,7 @@ def test_places_of_images_are_never_written(tiny_model: TinyModel) -> None:
 
 
 def test_progress_counts_tokens(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sampling, "_CACHED_TOKENS", 4 * 70)
+    monkeypatch.setattr(sampling, "CACHED_TOKENS", 4 * 70)
     seen: list[tuple[int, int]] = []
     sample(source, samples=6, seqlen=70, on_sample=lambda *e: seen.append(e))
     assert seen[0] == (4 * 32, 420)

@@ -82,6 +82,12 @@ def load(
     return Calibration(tokens, label, seed, digest, samples)
 
 
+def get_ready(source: str | None) -> None:
+    """Import what reading calibration text takes, so that the size of this process tells of it."""
+    if source is not None and source not in (BUILTIN, "self"):
+        import datasets  # noqa: F401
+
+
 def _windows(texts: list[str], tokenizer: Any, samples: int, seqlen: int) -> Tensor:
     """Pack `texts` into at most `samples` windows; an empty `[0, tokens found]` if they do not fill one."""
     separator = tokenizer.eos_token_id

@@ -68,15 +68,20 @@ def parse(bpw: float | None, size: int | str | None, widths: Iterable[int] | Non
         if not (isinstance(bpw, (int, float)) and math.isfinite(bpw) and bpw > 0):
             raise BudgetError(f"--target-bpw is {bpw!r}; it must be a number of bits, 3.5 say.")
         return Goal(chosen, bpw=float(bpw))
-    count, unit = _read_size(size)
+    count, unit = _read_size("--target-size", size)
     return Goal(chosen, size=count, unit=unit)
 
 
-def _read_size(size: int | str) -> tuple[int, str]:
+def parse_size(option: str, size: int | str) -> int:
+    """Bytes, of a number or of text such as `4.5GB`. Raises BudgetError, naming the option."""
+    return _read_size(option, size)[0]
+
+
+def _read_size(option: str, size: int | str) -> tuple[int, str]:
     """Bytes, and the unit they were given in."""
     match = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*([a-zA-Z]*)\s*", str(size))
     if match is None or match[2].lower() not in _SPELLED or isinstance(size, float):
-        raise BudgetError(f"--target-size is {size!r}; it must be bytes, or a number and MB, GB, MiB or GiB: 4.5GB.")
+        raise BudgetError(f"{option} is {size!r}; it must be bytes, or a number and MB, GB, MiB or GiB: 4.5GB.")
     unit = _SPELLED[match[2].lower()]
     return int(float(match[1]) * _BYTES[unit]), unit
 

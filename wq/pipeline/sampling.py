@@ -23,7 +23,7 @@ from wq.pipeline.calibration import Calibration
 from wq.pipeline.source import Source
 
 SELF = "self"
-_CACHED_TOKENS = 16_384  # in the cache at once: enough rows for full-speed products, few enough for its memory
+CACHED_TOKENS = 16_384  # in the cache at once: enough rows for full-speed products, few enough for its memory
 _LIKELIEST = 3  # tokens after a random one
 _SHORTEST = 32  # tokens of a text, so that a model that likes to say nothing comes to an end with this
 _REPORT_EVERY = 32  # tokens of each row
@@ -83,7 +83,7 @@ def _stream(
     texts = 0
     while len(stream) < total:
         usual = len(stream) / texts if texts else longest
-        rows = min(max(1, _CACHED_TOKENS // longest), math.ceil((total - len(stream)) / usual))
+        rows = min(max(1, CACHED_TOKENS // longest), math.ceil((total - len(stream)) / usual))
         rule = _Rule(source, len(stream), total, on_sample)
         for text in _write(source.model, rule, rows, longest, device):
             stream += text

@@ -35,9 +35,9 @@ from wq.scheme import Scheme
 from wq.solvers import Solution, Statistics, rtn
 from wq.structure.linears import is_linear, matrix
 
-_JUDGED, _LEARNED = 1024, 8192  # tokens of calibration for KL, and for E[x xᵀ]
+JUDGED, LEARNED = 1024, 8192  # tokens of calibration for KL, and for E[x xᵀ]
 _BATCH_TOKENS = 4096
-_STREAM_BYTES = 2 << 30  # of hidden states
+STREAM_BYTES = 2 << 30  # of hidden states
 _STEP = 4  # one row of a weight in so many tells how its error depends on the width
 _REFERENCE = 3  # bits at which KL is measured, if they are a candidate: far above noise, and not yet beyond repair
 _LEAST = 1e-9  # nats; units whose loss is lost in noise are still told apart by their errors
@@ -79,7 +79,7 @@ def measure(
         learned, dense = (decoder.capture(tower.root, tower.blocks, calls, source.name) for calls in inputs)
     most = sum(len(together(readers(block), ())) for block in blocks)
     held = sum(hidden.numel() * hidden.element_size() for hidden in dense.hidden)
-    job = _Pass(learned, dense, plan.scheme, widths, weighted, alone=most * held <= _STREAM_BYTES)
+    job = _Pass(learned, dense, plan.scheme, widths, weighted, alone=most * held <= STREAM_BYTES)
     runs = len(blocks) * (len(blocks) + 1) // 2
     report = on_step or (lambda done, total: None)
     for index, block in enumerate(blocks):
@@ -99,8 +99,8 @@ def measure(
 def _windows(tokens: Tensor) -> tuple[list[Tensor], list[Tensor]]:
     """Batches to learn from, and single windows to judge by, `[1, seqlen]`; others, if there are two at least."""
     count, seqlen = tokens.shape
-    judged = min(max(1, _JUDGED // seqlen), max(1, count // 4))
-    learned = max(1, min(_LEARNED // seqlen, count - judged))
+    judged = min(max(1, JUDGED // seqlen), max(1, count // 4))
+    learned = max(1, min(LEARNED // seqlen, count - judged))
     return list(tokens[:learned].split(max(1, _BATCH_TOKENS // seqlen))), list(tokens[-judged:].split(1))
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import convert_and_load_state_dict_in_model
-from transformers.modeling_utils import LoadStateDictConfig
+from transformers.modeling_utils import LoadStateDictConfig, str_to_torch_dtype
 from transformers.utils import logging as transformers_logging
 
 from wq.checkpoint import Entry, read_headers, read_tensor
@@ -43,11 +43,18 @@ class Source:
     name. tensors: for each of them the parameter it becomes, and whether it is that parameter, only renamed.
     """
 
-    def __init__(self, name: str, folder: Path, cleanup: ExitStack, trust_remote_code: bool = False):
+    def __init__(
+        self,
+        name: str,
+        folder: Path,
+        cleanup: ExitStack,
+        trust_remote_code: bool = False,
+        entries: dict[str, Entry] | None = None,
+    ):
         self.name, self.folder, self._cleanup = name, folder, cleanup
         self.repo = None if Path(name).expanduser().exists() else name
         self._remote_code = trust_remote_code
-        self.entries: dict[str, Entry] = read_headers(folder)
+        self.entries: dict[str, Entry] = read_headers(folder) if entries is None else entries
         self.config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         quantized = getattr(self.config, "quantization_config", None)
         if quantized is not None:
@@ -128,7 +135,7 @@ class Source:
 
     def _read(self, prefixes: tuple[str, ...], device: torch.device, dtype: torch.dtype) -> None:
         wanted = [name for name, (renamed, _) in self.tensors.items() if _under(renamed, prefixes)]
-        _set_meta_dtype(self.model, prefixes, dtype)
+        declare_dtype(self.model, prefixes, dtype)
         loading = LoadStateDictConfig(
             device_map={"": device},
             dtype=dtype,
@@ -203,6 +210,39 @@ def open_source(model: str | os.PathLike[str], revision: str | None = None, trus
         raise
 
 
+def open_headers(model: str | os.PathLike[str], revision: str | None = None, trust_remote_code: bool = False) -> Source:
+    """Like `open_source`, of a model whose weights will not be read: those of a repo are not fetched.
+
+    Raises ModelError, also for a GGUF file, whose weights have to be unpacked to be looked at.
+    """
+    name, path = os.fspath(model), Path(model).expanduser()
+    if path.suffix == ".gguf":
+        raise ModelError(f"{name}: a GGUF file has to be unpacked before anything is known of it. Give safetensors.")
+    if path.exists() or name.count("/") > 1 or name.startswith((".", "/", "~")):
+        return open_source(model, revision, trust_remote_code)
+    _quiet()
+    folder = _download(name, revision, trust_remote_code, weights=False)
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"{name} is no model: it has no config.json.")
+    return Source(name, folder, ExitStack(), trust_remote_code, _remote_headers(name, revision))
+
+
+def _remote_headers(name: str, revision: str | None) -> dict[str, Entry]:
+    """The tensors of a repo on the Hub, from the headers of its files alone; their `file` is not there."""
+    from huggingface_hub import get_safetensors_metadata
+    from huggingface_hub.errors import HfHubHTTPError, NotASafetensorsRepoError, SafetensorsParsingError
+
+    try:
+        files = get_safetensors_metadata(name, revision=revision).files_metadata
+    except (HfHubHTTPError, NotASafetensorsRepoError, SafetensorsParsingError, OSError) as error:
+        raise ModelError(f"{name}: the headers of its weights could not be read ({first_line(error)}).") from error
+    return {
+        tensor: Entry(str_to_torch_dtype[info.dtype], tuple(info.shape), Path(file), *info.data_offsets)
+        for file, found in sorted(files.items())
+        for tensor, info in found.tensors.items()
+    }
+
+
 def _quiet() -> None:
     """wq shows its own progress; a bar for each block read would bury it."""
     transformers_logging.disable_progress_bar()
@@ -235,12 +275,12 @@ def _resolve(name: str, revision: str | None, trust_remote_code: bool, cleanup: 
     return folder
 
 
-def _download(name: str, revision: str | None, trust_remote_code: bool) -> Path:
+def _download(name: str, revision: str | None, trust_remote_code: bool, weights: bool = True) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        wanted = _HUB_FILES + (["*.py"] if trust_remote_code else [])
+        wanted = _HUB_FILES[0 if weights else 1 :] + (["*.py"] if trust_remote_code else [])
         return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
     except HFValidationError as error:
         raise ModelError(f"{name} is neither a folder, a GGUF file nor a repo id ({first_line(error)}).") from error
@@ -299,8 +339,8 @@ def _build(config: Any, name: str, trust_remote_code: bool) -> PreTrainedModel:
     return model
 
 
-def _set_meta_dtype(model: nn.Module, prefixes: tuple[str, ...], dtype: torch.dtype) -> None:
-    """Loading casts to the dtype a parameter was declared with; declare it as the dtype wanted now."""
+def declare_dtype(model: nn.Module, prefixes: tuple[str, ...], dtype: torch.dtype) -> None:
+    """Loading casts to the dtype a parameter was declared with; declare those on meta as the dtype wanted now."""
     for path, module in model.named_modules():
         for name, parameter in module._parameters.items():
             on_meta = parameter is not None and parameter.is_meta and parameter.is_floating_point()

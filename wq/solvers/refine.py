@@ -67,7 +67,7 @@ def descend(
     error = (q - z) * s - weight.float().t()[order]
     residual = h @ error  # [in, out]
     top = scheme.levels - 1
-    for start in range(0, columns, _BLOCK):
+    for start in range(0, 0 if error.is_meta else columns, _BLOCK):  # on shapes alone, it would make nothing
         stop = min(start + _BLOCK, columns)
         moved = torch.zeros_like(error[start:stop])
         for j in range(start, stop):
