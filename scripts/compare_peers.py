@@ -80,7 +80,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--group", type=int, default=64)
     parser.add_argument("--samples", type=int, default=128, help="calibration windows")
     parser.add_argument("--seqlen", type=int, default=512, help="tokens in a calibration window")
-    parser.add_argument("--windows", type=int, default=12, help="evaluation windows of each text")
+    parser.add_argument("--windows", type=int, default=12, help="evaluation windows of WikiText-2")
+    parser.add_argument("--other-windows", type=int, help="of the other texts; default: as many")
     parser.add_argument("--eval-seqlen", type=int, default=2048, help="tokens in an evaluation window")
     parser.add_argument("--timeout", type=float, help="hours that a row may take")
     parser.add_argument("--work", type=Path, help="for texts, ids, logs, unfinished checkpoints; default: temporary")
@@ -122,7 +123,8 @@ def prepare(options: argparse.Namespace, work: Path) -> Bench:
         for seed in seeds(options)
     }
     print("dense model", flush=True)
-    windows = texts.windows(paths, tokenizer, options.eval_seqlen, options.windows)
+    others = options.other_windows or options.windows
+    windows = texts.windows(paths, tokenizer, options.eval_seqlen, options.windows, others)
     return Bench(options, work, paths, ids, Scorer(options.model, windows))
 
 
@@ -138,7 +140,7 @@ def settings(bench: Bench) -> Record:
         "group": o.group,
         "samples": o.samples,
         "seqlen": o.seqlen,
-        "windows": o.windows,
+        "windows": {name: len(ids) for name, ids in windows.items()},
         "eval_seqlen": o.eval_seqlen,
         "kl_block_tokens": BLOCK,
         "model_bytes": sum(file.stat().st_size for file in files),

@@ -1,15 +1,11 @@
-"""Safetensors files written piece by piece are what the safetensors package reads; damaged ones are refused.
-
-A folder that appears only when complete never leaves half of itself behind.
-"""
+"""Safetensors files written piece by piece are what the safetensors package reads; damaged ones are refused."""
 
 from __future__ import annotations
 
 import json
 import os
 import signal
-import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from wq import checkpoint
-from wq.checkpoint import Entry, ShardWriter, Spec, check_output, read_header, read_headers, read_tensor, staged
+from wq.checkpoint import Entry, ShardWriter, Spec, read_header, read_headers, read_tensor
 from wq.errors import CheckpointError, OutputError
 
 DTYPES = list(checkpoint._NAMES)
@@ -369,174 +365,6 @@ def test_a_folder_without_tensors_is_refused(tmp_path: Path) -> None:
         read_headers(tmp_path)
 
 
-def test_a_staged_folder_appears_only_when_it_is_complete(tmp_path: Path) -> None:
-    target = tmp_path / "new" / "out"
-    with staged(target) as stage:
-        (stage / "a").write_text("1")
-        assert not target.exists()
-        assert stage.parent == target.parent  # so that the last step is a rename
-    assert leftovers(target) == ["a"]
-    assert leftovers(target.parent) == ["out"]
-
-
-def test_a_relative_path_is_staged_in_the_folder_it_was_given_in(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "elsewhere").mkdir()
-    monkeypatch.chdir(tmp_path)
-    with staged(Path("out")) as stage:
-        (stage / "a").write_text("1")
-        os.chdir(tmp_path / "elsewhere")
-    assert leftovers(tmp_path / "out") == ["a"]
-
-
-@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
-@pytest.mark.parametrize("existing", [False, True], ids=["no folder before", "folder before"])
-def test_an_exception_leaves_everything_as_it_was(tmp_path: Path, existing: bool, error: type[BaseException]) -> None:
-    target = tmp_path / "out"
-    if existing:
-        target.mkdir()
-        (target / "old").write_text("kept")
-
-    def build() -> None:
-        with staged(target, overwrite=True) as stage:
-            (stage / "new").write_text("lost")
-            raise error
-
-    with pytest.raises(error):
-        build()
-    assert leftovers(tmp_path) == (["out"] if existing else [])
-    if existing:
-        assert (target / "old").read_text() == "kept"
-
-
-def test_a_failed_rename_puts_the_old_folder_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    target = tmp_path / "out"
-    target.mkdir()
-    (target / "old").write_text("kept")
-    rename = Path.rename
-
-    def fail(self: Path, to: Path) -> Path:
-        if ".partial" in self.name:
-            raise OSError("no")
-        return rename(self, to)
-
-    monkeypatch.setattr(Path, "rename", fail)
-    with pytest.raises(OSError, match="no"), staged(target, overwrite=True):
-        pass
-    assert leftovers(tmp_path) == ["out"]
-    assert leftovers(target) == ["old"]
-
-
-def test_overwrite_replaces_the_whole_folder(tmp_path: Path) -> None:
-    target = tmp_path / "out"
-    (target / "sub").mkdir(parents=True)
-    (target / "sub" / "old").write_text("gone")
-    with staged(target, overwrite=True) as stage:
-        (stage / "new").write_text("here")
-        assert (target / "sub" / "old").exists()
-    assert leftovers(target) == ["new"]
-    assert leftovers(tmp_path) == ["out"]
-
-
-def test_an_empty_folder_may_be_filled_without_overwrite(tmp_path: Path) -> None:
-    (tmp_path / "out").mkdir()
-    with staged(tmp_path / "out") as stage:
-        (stage / "a").write_text("1")
-    assert leftovers(tmp_path / "out") == ["a"]
-
-
-def test_what_a_killed_process_left_does_not_get_into_the_folder(tmp_path: Path) -> None:
-    target = tmp_path / "out"
-    with staged(target) as stage:
-        name = stage.name
-    stale = tmp_path / name
-    stale.mkdir()
-    (stale / "stale").write_text("from before")
-    with staged(target) as stage:
-        assert leftovers(stage) == []
-    assert leftovers(tmp_path) == ["out"]
-
-
-@pytest.mark.parametrize("overwrite", [False, True])
-def test_a_file_is_refused_as_output(tmp_path: Path, overwrite: bool) -> None:
-    (tmp_path / "out").write_text("precious")
-    with pytest.raises(OutputError, match="is not a folder"), staged(tmp_path / "out", overwrite):
-        pytest.fail("entered")
-    assert (tmp_path / "out").read_text() == "precious"
-    assert leftovers(tmp_path) == ["out"]
-
-
-@pytest.mark.parametrize("overwrite", [False, True])
-def test_a_device_or_pipe_is_refused_as_output(tmp_path: Path, overwrite: bool) -> None:
-    os.mkfifo(tmp_path / "out")
-    with alarm(2), pytest.raises(OutputError), staged(tmp_path / "out", overwrite):
-        pass
-    assert stat.S_ISFIFO((tmp_path / "out").stat().st_mode)
-
-
-def test_a_folder_that_is_not_empty_is_refused_without_overwrite(tmp_path: Path) -> None:
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "a").write_text("precious")
-    with pytest.raises(OutputError, match="--overwrite"), staged(tmp_path / "out"):
-        pytest.fail("entered")
-    assert leftovers(tmp_path / "out") == ["a"]
-
-
-def test_an_output_below_a_file_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(OutputError, match="cannot be written to"):
-        check_output(tmp_path / "file" / "out")
-
-
-def test_a_link_to_an_empty_folder_leaves_nothing_beside_it(tmp_path: Path) -> None:
-    (tmp_path / "disk").mkdir()
-    (tmp_path / "out").symlink_to(tmp_path / "disk")
-    with staged(tmp_path / "out") as stage:
-        (stage / "a").write_text("1")
-    assert leftovers(tmp_path / "out") == ["a"]
-    assert leftovers(tmp_path) == ["disk", "out"]
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere; the next test fakes it")
-def test_an_unwritable_parent_is_refused(tmp_path: Path) -> None:
-    tmp_path.chmod(0o555)
-    try:
-        with pytest.raises(OutputError, match="cannot be written to"):
-            check_output(tmp_path / "deep" / "out")
-    finally:
-        tmp_path.chmod(0o755)
-
-
-def test_the_nearest_existing_parent_is_asked_whether_it_can_be_written_to(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked: list[Path] = []
-    monkeypatch.setattr(os, "access", lambda path, mode: asked.append(path) or mode != os.W_OK)
-    with pytest.raises(OutputError, match="cannot be written to"):
-        check_output(tmp_path / "deep" / "out")
-    assert asked == [tmp_path]
-
-
-@pytest.fixture
-def umask() -> Iterator[Callable[[int], int]]:
-    before = os.umask(0o022)
-    yield os.umask
-    os.umask(before)
-
-
-@pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
-def test_modes_obey_the_umask(tmp_path: Path, umask: Callable[[int], int], mask: int) -> None:
-    umask(mask)
-    with staged(tmp_path / "out") as stage:
-        write(stage, {"a": torch.ones(3), "b": torch.ones(3)}, 12)
-        checkpoint.write_text(stage / "config.json", "{}")
-    assert stat.S_IMODE((tmp_path / "out").stat().st_mode) == 0o777 & ~mask
-    files = list((tmp_path / "out").iterdir())
-    assert len(files) == 4
-    assert {stat.S_IMODE(file.stat().st_mode) for file in files} == {0o666 & ~mask}
-
-
 def test_a_full_disk_is_noticed_before_anything_is_computed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: int) -> None:
         raise OSError(28, "No space left on device")
@@ -544,3 +372,28 @@ def test_a_full_disk_is_noticed_before_anything_is_computed(tmp_path: Path, monk
     monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(OutputError, match=r"cannot reserve 12 bytes \(No space left on device\)"):
         ShardWriter(tmp_path, specs_of({"a": torch.ones(3)}))
+
+
+def test_a_writer_goes_on_with_what_another_has_begun(tmp_path: Path) -> None:
+    tensors = tensors_of_every_dtype()
+    specs, first = specs_of(tensors), list(tensors)[::2]
+    write(tmp_path, tensors, 300)
+    whole = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    for file in tmp_path.iterdir():
+        file.unlink()
+    begun = ShardWriter(tmp_path, specs, 300)
+    for name in first:
+        begun.write(name, tensors[name])
+    assert begun.written == sorted(first)
+    begun.sync()
+    with ShardWriter(tmp_path, specs, 300, begun.written) as writer:
+        for name in tensors.keys() - set(first):
+            writer.write(name, tensors[name])
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == whole
+
+
+def test_a_writer_does_not_go_on_with_files_of_another_size(tmp_path: Path) -> None:
+    write(tmp_path, {"a": torch.ones(3)})
+    specs = specs_of({"a": torch.ones(3), "b": torch.ones(3)})
+    with pytest.raises(OutputError, match="is not as it was left"):
+        ShardWriter(tmp_path, specs, written=["a"])

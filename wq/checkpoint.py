@@ -1,4 +1,4 @@
-"""Safetensors files, read and written piece by piece, and a folder that appears only when it is complete.
+"""Safetensors files, read and written piece by piece.
 
 The pipeline knows every tensor's name, dtype and shape before it computes one. So headers are written first, and each
 tensor goes to its place the moment it exists: memory does not grow with the model, and a missing tensor is noticed.
@@ -6,12 +6,10 @@ tensor goes to its place the moment it exists: memory does not grow with the mod
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import json
 import os
-import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
@@ -27,7 +25,8 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 MAX_SHARD_BYTES = 5 * 10**9
 
-_MAX_HEADER_BYTES = 100_000_000  # what safetensors itself accepts
+MAX_JSON_BYTES = 100_000_000  # of a config, an index, a manifest; and of a header, where safetensors says so
+_MAX_RANK = 8
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -63,28 +62,62 @@ class Entry:
 def read_header(file: Path) -> dict[str, Entry]:
     """Every tensor of a safetensors file, without reading one. Raises CheckpointError if the header is no such thing.
 
-    Sizes are checked against the file's length here, so that nothing later allocates what the file does not hold.
+    Sizes are checked against the file's length here, so that nothing later allocates what the file does not hold. A
+    name that is there twice is refused: readers differ about which of the two they believe.
     """
     size = file.stat().st_size
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
-        if length > min(_MAX_HEADER_BYTES, size - 8) or size < 8:
+        if length > min(MAX_JSON_BYTES, size - 8) or size < 8:
             raise CheckpointError(f"{file}: not a safetensors file, or cut short: {size} bytes. Download it again.")
         header = _json_object(stream.read(length), file)
-    header.pop("__metadata__", None)
+    notes = header.pop("__metadata__", None) or {}
+    if not isinstance(notes, dict) or not _are_texts([*header, *notes, *notes.values()]):
+        raise CheckpointError(f"{file}: a name or __metadata__ is no text. The file is damaged; download it again.")
     entries = {name: _entry(file, name, values, 8 + length, size) for name, values in header.items()}
     ordered = sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop))
     for (one, first), (two, second) in pairwise(ordered):
         if second.start < first.stop:
-            raise CheckpointError(f"{file}: {one} and {two} claim the same bytes. The file is damaged.")
+            raise CheckpointError(
+                f"{file}: {one[:200]} and {two[:200]} claim the same bytes. The file is damaged; download it again."
+            )
     return entries
 
 
-def _json_object(text: bytes | str, file: Path) -> dict[str, Any]:
+def _are_texts(values: list[Any]) -> bool:
+    """Whether these are texts that other readers take for such, too: Python's has half characters (`"\\ud800"`)."""
     try:
-        value = json.loads(text)
+        return "\0".join(values).encode() is not None
+    except (TypeError, ValueError):
+        return False
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file of any origin. Raises CheckpointError for everything else, a pipe or a device too."""
+    if not file.is_file():
+        raise CheckpointError(f"{file} is no file, or is not there. Download it again.")
+    size = file.stat().st_size
+    if size > MAX_JSON_BYTES:
+        raise CheckpointError(f"{file} has {size} bytes; no such file has over {MAX_JSON_BYTES}. Download it again.")
+    return _json_object(file.read_bytes(), file)
+
+
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """For `json.loads`: an object whose keys are there once. Raises ValueError for one that is there twice."""
+    values: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in values:
+            raise ValueError(f"{name[:200]!r} is there twice")
+        values[name] = value
+    return values
+
+
+def _json_object(text: bytes, file: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(text, object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file}: what should be JSON is not ({error}). Download it again.") from error
+        what = "is not JSON that all readers understand alike"
+        raise CheckpointError(f"{file}: {what} ({error}). Download it again.") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{file}: a JSON object was expected, not a {type(value).__name__}. Download it again.")
     return value
@@ -93,15 +126,26 @@ def _json_object(text: bytes | str, file: Path) -> dict[str, Any]:
 def _entry(file: Path, name: str, values: Any, base: int, size: int) -> Entry:
     try:
         dtype, shape, (start, stop) = _DTYPES[values["dtype"]], tuple(values["shape"]), values["data_offsets"]
-        whole = all(type(number) is int and number >= 0 for number in (*shape, start, stop))
+        whole = all(type(number) is int and 0 <= number < 1 << 63 for number in (*shape[: _MAX_RANK + 1], start, stop))
     except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{file}: {name} has a header entry that cannot be read: {str(values)[:200]}.") from error
+        raise CheckpointError(
+            f"{file}: {name[:200]} has a header entry that cannot be read: {_short(values)}. Download it again."
+        ) from error
+    whole = whole and len(shape) <= _MAX_RANK
     if not whole or stop - start != prod(shape) * dtype.itemsize or base + stop > size:
         raise CheckpointError(
-            f"{file}: {name} claims bytes {start} to {stop} for {dtype} {list(shape)}, in a file of {size} bytes. "
-            "The file is damaged; download it again."
+            f"{file}: {name[:200]} claims bytes {_short(start)} to {_short(stop)} for {dtype} {_short(list(shape))}, "
+            f"in a file of {size} bytes. The file is damaged; download it again."
         )
     return Entry(dtype, shape, file, base + start, base + stop)
+
+
+def _short(value: Any) -> str:
+    """What a header says, for a sentence: it may be a list of a million numbers of four thousand digits."""
+    try:
+        return str(value[:9] if isinstance(value, (list, str)) else value)[:200]
+    except ValueError:  # a number of more digits than Python writes
+        return "a number of thousands of digits"
 
 
 def read_headers(folder: Path) -> dict[str, Entry]:
@@ -112,7 +156,7 @@ def read_headers(folder: Path) -> dict[str, Entry]:
     elif index.is_file():
         files = [folder / name for name in _shard_list(index)]
     else:
-        raise CheckpointError(f"{folder}: there is neither {SINGLE} nor {INDEX}.")
+        raise CheckpointError(f"{folder}: there is neither {SINGLE} nor {INDEX}. Download it again.")
     missing = [file.name for file in files if not file.is_file()]
     if missing:
         raise CheckpointError(f"{folder}: {missing[0]} is not there. Download it again.")
@@ -120,21 +164,30 @@ def read_headers(folder: Path) -> dict[str, Entry]:
     for file in files:
         for name, entry in read_header(file).items():
             if name in entries:
-                raise CheckpointError(f"{folder}: {name} is in both {entries[name].file.name} and {file.name}.")
+                both = f"{entries[name].file.name} and {file.name}"
+                raise CheckpointError(f"{folder}: {name[:200]} is in both {both}. Download the checkpoint again.")
             entries[name] = entry
     return entries
 
 
 def _shard_list(index: Path) -> list[str]:
     """The shards an index names: plain names of files in its own folder, nothing that leads elsewhere."""
-    weight_map = _json_object(index.read_bytes(), index).get("weight_map")
+    weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index}: it has no weight_map. Download it again.")
     names = list(weight_map.values())
     for name in names:
-        if not isinstance(name, str) or name in ("", ".", "..") or Path(name).name != name:
-            raise CheckpointError(f"{index}: shard {name!r} is not a plain file name in this folder.")
+        if not is_plain(name):
+            raise CheckpointError(
+                f"{index}: shard {str(name)[:200]!r} is not a plain file name in this folder. Do not load this folder."
+            )
     return sorted(set(names))
+
+
+def is_plain(name: Any) -> bool:
+    """Whether this is the name of a file in a folder, and leads nowhere else."""
+    plain = isinstance(name, str) and name not in ("", ".", "..") and len(name) < 256 and name.isprintable()
+    return plain and Path(name).name == name and "\\" not in name
 
 
 def read_tensor(entry: Entry) -> Tensor:
@@ -142,7 +195,7 @@ def read_tensor(entry: Entry) -> Tensor:
     if not entry.bytes:
         return torch.empty(entry.shape, dtype=entry.dtype)
     buffer = torch.empty(entry.bytes, dtype=torch.uint8)
-    left = _memory(buffer)
+    left = raw_bytes(buffer)
     with entry.file.open("rb", buffering=0) as stream:
         stream.seek(entry.start)
         while left:
@@ -153,6 +206,19 @@ def read_tensor(entry: Entry) -> Tensor:
     return buffer.view(entry.dtype).reshape(entry.shape)
 
 
+def finite(name: str, tensor: Tensor) -> Tensor:
+    """`tensor`, if all of its values are finite. Raises CheckpointError, naming it, if not."""
+    if tensor.dtype.is_floating_point:
+        values = tensor if tensor.dtype.itemsize > 1 else tensor.float()  # torch tests no 8-bit floats
+        wrong = int(values.numel() - torch.isfinite(values).sum())
+        if wrong:
+            raise CheckpointError(
+                f"{name} holds {wrong} values that are not finite, of {values.numel()}. The source is damaged; "
+                "download it again."
+            )
+    return tensor
+
+
 def overwrite(entry: Entry, tensor: Tensor) -> None:
     """Put `tensor` where `entry` lies, in a file that no one else reads yet. Raises CheckpointError if it differs."""
     if tensor.dtype != entry.dtype or tuple(tensor.shape) != entry.shape:
@@ -160,13 +226,14 @@ def overwrite(entry: Entry, tensor: Tensor) -> None:
         raise CheckpointError(f"{entry.file}: {tensor.dtype} {list(tensor.shape)} cannot take the place of {was}.")
     with entry.file.open("r+b") as file:
         file.seek(entry.start)
-        file.write(_memory(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)))
+        file.write(raw_bytes(tensor))
         file.flush()
         os.fsync(file.fileno())
 
 
-def _memory(flat: Tensor) -> memoryview:
-    """The bytes of a uint8 tensor on the CPU, not a copy of them."""
+def raw_bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor; no copy of them, if it lies on the CPU in one piece."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
     return memoryview(flat.numpy())  # type: ignore[arg-type]
 
 
@@ -186,11 +253,20 @@ class ShardWriter:
     """Writes a checkpoint whose tensors are known in advance, in whatever order they come.
 
     `with ShardWriter(folder, specs) as writer: writer.write(name, tensor)`. Leaving the block without an error raises
-    CheckpointError unless every tensor was written once; files are flushed to disk by then.
+    CheckpointError unless every tensor was written once; files are flushed to disk by then. written: names of tensors
+    that are in the folder's files already, if a writer of the same specs had begun there; the files are then gone on
+    with. Raises OutputError if they are others.
     """
 
-    def __init__(self, folder: Path, specs: dict[str, Spec], max_shard_bytes: int = MAX_SHARD_BYTES):
-        self._specs, self._left = specs, set(specs)
+    def __init__(
+        self,
+        folder: Path,
+        specs: dict[str, Spec],
+        max_shard_bytes: int = MAX_SHARD_BYTES,
+        written: Iterable[str] = (),
+    ):
+        self._specs, self._left = specs, set(specs).difference(written)
+        self._begun = len(self._left) < len(specs)
         self._places: dict[str, tuple[IO[bytes], int]] = {}
         self._files: list[IO[bytes]] = []
         shards = list(_shards(specs, max_shard_bytes))
@@ -207,12 +283,23 @@ class ShardWriter:
         """What the tensors take, headers aside."""
         return sum(spec.bytes for spec in self._specs.values())
 
+    @property
+    def written(self) -> list[str]:
+        """The tensors that are in their places."""
+        return sorted(self._specs.keys() - self._left)
+
     def _open(self, path: Path, specs: dict[str, Spec]) -> None:
-        file = path.open("wb")
+        header, size = _header(specs), sum(spec.bytes for spec in specs.values())
+        if self._begun and not (path.is_file() and path.stat().st_size == len(header) + size):
+            raise OutputError(
+                f"{path} is not as it was left, so nothing can go on from it. Begin again with --restart."
+            )
+        file = path.open("r+b" if self._begun else "wb")
         self._files.append(file)
-        file.write(_header(specs))
+        file.write(header)
         offset = file.tell()
-        _reserve(file, offset, sum(spec.bytes for spec in specs.values()))
+        _reserve(file, offset, size)
+        file.truncate(offset + size)
         for name, spec in specs.items():
             self._places[name] = (file, offset)
             offset += spec.bytes
@@ -220,7 +307,7 @@ class ShardWriter:
     def write(self, name: str, tensor: Tensor) -> None:
         """Put `tensor` in its place; its dtype and shape must be the announced ones."""
         file = self._place(name, tensor.dtype, tuple(tensor.shape))
-        file.write(_memory(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)))
+        file.write(raw_bytes(tensor))
         self._left.discard(name)
 
     def copy(self, name: str, entry: Entry) -> None:
@@ -252,22 +339,36 @@ class ShardWriter:
         file.seek(offset)
         return file
 
+    def sync(self) -> None:
+        """Flush what was written to disk."""
+        for file in self._files:
+            file.flush()
+            os.fsync(file.fileno())
+
     def __enter__(self) -> ShardWriter:
         return self
 
     def __exit__(self, kind: Any, *rest: object) -> None:
+        if kind is None:
+            self.sync()
         for file in self._files:
-            if kind is None:
-                file.flush()
-                os.fsync(file.fileno())
             file.close()
         if kind is None and self._left:
             raise CheckpointError(f"{len(self._left)} tensors were announced but not written: {min(self._left)}, ...")
 
 
-def _header(specs: dict[str, Spec]) -> bytes:
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a small safetensors file of its own."""
+    specs = {name: Spec(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    with path.open("wb") as file:
+        file.write(_header(specs, metadata))
+        for tensor in tensors.values():
+            file.write(raw_bytes(tensor))
+
+
+def _header(specs: Mapping[str, Spec], metadata: Mapping[str, str] | None = None) -> bytes:
     """What a safetensors file with these tensors, one after the other, begins with."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     offset = 0
     for name, spec in specs.items():
         stop = offset + spec.bytes
@@ -317,57 +418,3 @@ def write_text(path: Path, text: str) -> None:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-
-
-def check_output(path: Path, overwrite: bool = False) -> None:
-    """Raise OutputError unless a new folder can be put at `path`."""
-    path = path.resolve()
-    if path.exists() and not path.is_dir():
-        raise OutputError(f"{path} is not a folder. Choose one that does not exist yet.")
-    if path.is_dir() and any(path.iterdir()) and not overwrite:
-        raise OutputError(f"{path} is not empty. Choose another folder, or replace it with --overwrite.")
-    parent = path.parent
-    existing = next(folder for folder in (parent, *parent.parents) if folder.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise OutputError(f"{existing} cannot be written to. Choose another folder.")
-
-
-@contextlib.contextmanager
-def staged(path: Path, overwrite: bool = False) -> Iterator[Path]:
-    """A folder beside `path` to build in; it takes the place of `path` at the end, or vanishes with the error.
-
-    `path` is never half-written: it holds what it held before, or the complete new content.
-    """
-    check_output(path, overwrite)
-    path = path.resolve()  # behind a link, the folder it leads to
-    stage = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(stage, ignore_errors=True)
-        stage.mkdir()
-    except OSError as error:
-        raise OutputError(f"{path} cannot be made ({error.strerror}). Choose another folder.") from error
-    try:
-        yield stage
-        _publish(stage, path)
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)
-
-
-def _publish(stage: Path, path: Path) -> None:
-    """Rename `stage` to `path`, with what was there put aside until that has worked."""
-    aside = path.with_name(f".{path.name}.old-{os.getpid()}")
-    if path.exists():
-        path.rename(aside)
-    try:
-        stage.rename(path)
-    except BaseException:
-        if aside.exists():
-            aside.rename(path)
-        raise
-    shutil.rmtree(aside, ignore_errors=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)

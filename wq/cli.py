@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+import typer.core
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -18,7 +20,21 @@ from rich.text import Text
 
 from wq.errors import WqError
 
+
+class _Interrupted(Exception):
+    """Ctrl-C or SIGTERM, under a name that typer does not take for a good end."""
+
+
+class _Commands(typer.core.TyperGroup):
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            raise _Interrupted from error
+
+
 app = typer.Typer(
+    cls=_Commands,
     help="4-bit weights for Hugging Face transformers: quantize, evaluate, share.",
     no_args_is_help=True,
     add_completion=False,
@@ -74,20 +90,25 @@ MaxMemory = Annotated[
 
 
 def main() -> None:
-    """Entry point: a `WqError` becomes one line and exit code 1, an interrupt exit code 130."""
+    """Entry point: a `WqError` becomes one line and exit code 1, an interrupt or SIGTERM exit code 130."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         app(standalone_mode=False)
     except WqError as error:
-        _fail(f"{type(error).__name__}: {error}", 1)
-    except typer.Abort:
-        _fail("interrupted; nothing was written", 130)
-    except KeyboardInterrupt:
-        _fail("interrupted; nothing was written", 130)
+        _fail(_told(f"{type(error).__name__}: {error}", error), 1)
+    except (_Interrupted, typer.Abort, KeyboardInterrupt) as error:
+        _fail(_told("interrupted", error.__cause__ or error), 130)
     except Exception as error:
         usage = getattr(error, "format_message", None)  # click's way of saying that the words were wrong
         if usage is None:
             raise
         _fail(f"{usage()} Try --help.", getattr(error, "exit_code", 2))
+
+
+def _told(message: str, error: BaseException) -> str:
+    """A message, and what notes say of what to do now."""
+    notes = getattr(error, "__notes__", [])
+    return "\n".join([message, *notes]) if notes or isinstance(error, WqError) else f"{message}; nothing was written"
 
 
 def _fail(message: str, code: int) -> None:
@@ -127,6 +148,9 @@ def quantize(
     device: Device = None,
     revision: Revision = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a folder that is not empty.")] = False,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Begin again, where a run to this folder was interrupted.")
+    ] = False,
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
@@ -154,6 +178,7 @@ def quantize(
             device=device,
             revision=revision,
             overwrite=overwrite,
+            restart=restart,
             trust_remote_code=trust_remote_code,
             target_bpw=target_bpw,
             target_size=target_size,
@@ -582,6 +607,9 @@ def _step(update: Callable[[int, int, str, str], None], done: int, total: int, k
 
 def _block(update: Callable[[int, int, str], None], event: dict[str, Any]) -> None:
     """Errors of a block's layers, the time it took, and what is left if all others take as long."""
+    if event.get("resumed"):
+        update(event["block"], event["blocks"], "done before, going on")
+        return
     errors = [f"{r['layer'].rpartition('.')[2]} {r['error']:.1e}" for r in event["layers"] if "error" in r]
     left = event["seconds"] * (event["blocks"] - event["block"])
     note = f"{'  '.join(errors)}  {event['seconds']:.1f} s  ETA {left:.0f} s".lstrip()

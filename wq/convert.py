@@ -20,12 +20,13 @@ import torch
 from torch import Tensor
 
 from wq import formats, manifest, quantized
-from wq.checkpoint import Entry, ShardWriter, Spec, read_headers, read_tensor, staged, write_text
+from wq.checkpoint import Entry, ShardWriter, Spec, read_headers, read_tensor, write_text
 from wq.errors import CheckpointError, FormatError
 from wq.formats.stored import Packed, Stored
 from wq.hf.conversion import dense, read
 from wq.loaders.joined import targets
 from wq.scheme import Scheme
+from wq.staging import staged
 
 _LEFT = (
     "config.json",

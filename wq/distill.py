@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,10 +25,12 @@ from wq import formats, grid, quantized
 from wq.checkpoint import Entry, overwrite, read_headers, read_tensor
 from wq.errors import CalibrationError, ModelError
 from wq.formats.stored import Stored
+from wq.journal import Journal
 from wq.solvers import Solution
 from wq.structure.linears import is_linear, matrix
 
 HELD_OUT = 8  # one window in so many decides, and is not learned from
+_NOTE = "taught"
 _INSIDE = 0.4  # of a step: how far from its code a weight may lie when codes begin to learn
 
 StepCallback = Callable[[int, int, float], None]
@@ -57,18 +59,26 @@ def distill(
     *,
     rates: Rates | None = None,
     device: str | torch.device = "cpu",
+    journal: Journal | None = None,
     on_step: StepCallback | None = None,
 ) -> dict[str, Any]:
     """Teach the checkpoint in `folder` what `base` predicts on `tokens`, int64 `[windows, seqlen]`, and rewrite it.
 
-    Both models are in memory at once. Returns what was done: the KL on held-out windows before and after, and whether
-    the checkpoint was changed. Raises CalibrationError for too few windows, ModelError when nothing can learn.
+    Both models are in memory at once. journal: where the result is noted before the checkpoint is touched, so that a
+    run that is killed in between can be repeated. Returns what was done: the KL on held-out windows before and after,
+    and whether the checkpoint was changed.
+
+    Raises CalibrationError for too few windows, ModelError when nothing can learn.
     """
     rates, path = rates or Rates(), Path(folder)
     if quantized.read_config(path).get("is_encoder_decoder"):
         raise ModelError(f"{path}: an encoder-decoder model predicts from two texts; it is not distilled.")
     if len(tokens) < HELD_OUT:
         raise CalibrationError(f"{len(tokens)} calibration windows; distillation needs at least {HELD_OUT}.")
+    known = None if journal is None else journal.read(_NOTE)
+    if known is not None:
+        _write(read_headers(path), known.tensors)
+        return dict(known.value)
     started = time.perf_counter()
     teacher = _load(base, torch.device(device), False)
     pupil = Pupil(path, teacher, torch.device(device), bool(rates.codes))
@@ -88,9 +98,7 @@ def distill(
             on_step(step + 1, len(steps), loss)
     pupil.settle()
     after = mean_kl(teacher, pupil.model, decide)
-    if after < before:
-        pupil.write()
-    return {
+    made = {
         "windows": len(learn),
         "heldout_windows": len(decide),
         "epochs": rates.epochs,
@@ -102,6 +110,17 @@ def distill(
         "kept": after < before,
         "seconds": round(time.perf_counter() - started, 1),
     }
+    taught = pupil.tensors() if after < before else {}
+    if journal is not None:
+        journal.write(_NOTE, made, taught)
+    _write(pupil.entries, taught)
+    return made
+
+
+def _write(entries: Mapping[str, Entry], tensors: Mapping[str, Tensor]) -> None:
+    """Put tensors in the place of those of the same name."""
+    for name, tensor in tensors.items():
+        overwrite(entries[name], tensor)
 
 
 def required_bytes(folder: Path, rates: Rates) -> int:
@@ -207,14 +226,14 @@ class Pupil:
             vector.copy_(vector.to(self.entries[name].dtype))
 
     @torch.no_grad()
-    def write(self) -> None:
-        """Put what was learned in the place of what was there."""
+    def tensors(self) -> dict[str, Tensor]:
+        """What was learned, as the checkpoint stores it."""
+        found = {name: vector.detach().to(self.entries[name].dtype).cpu() for name, vector in self.vectors.items()}
         for name, learner in self.layers.items():
             stored = self.stored[name]
-            for leaf, tensor in formats.get(stored.format).pack(learner.solution(), stored.scheme).items():
-                overwrite(self.entries[f"{name}.{leaf}"], tensor)
-        for name, vector in self.vectors.items():
-            overwrite(self.entries[name], vector.to(self.entries[name].dtype))
+            packed = formats.get(stored.format).pack(learner.solution(), stored.scheme)
+            found |= {f"{name}.{leaf}": tensor for leaf, tensor in packed.items()}
+        return found
 
 
 class Grid(nn.Module):

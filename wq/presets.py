@@ -20,6 +20,7 @@ from torch import Tensor
 from wq import report
 from wq.distill import HELD_OUT, Rates, StepCallback, distill, required_bytes
 from wq.errors import CalibrationError, ModelError, UnknownNameError
+from wq.journal import Journal
 from wq.machine import default_device, free_bytes
 from wq.pipeline import quantizer
 
@@ -78,13 +79,13 @@ def quantize(
     if rates is not None and reserve < HELD_OUT:
         raise CalibrationError(f"--samples {samples}: preset {preset} needs at least {LESSONS * HELD_OUT} windows.")
 
-    def finish(folder: Path, tokens: Tensor | None) -> dict[str, Any]:
+    def finish(folder: Path, tokens: Tensor | None, journal: Journal) -> dict[str, Any]:
         if rates is None or tokens is None:
             return {"preset": preset}
         if len(tokens) < HELD_OUT:
             short = f"the text holds {len(tokens)} windows besides those that were solved on, of {HELD_OUT} it takes"
             return {"preset": preset, "distillation": {"kept": False, "reason": short}}
-        taught = _taught(folder, model, tokens, rates, device or default_device(), on_step)
+        taught = _taught(folder, model, tokens, rates, device or default_device(), journal, on_step)
         return {"preset": preset, "distillation": taught}
 
     return quantizer.quantize(
@@ -102,12 +103,14 @@ def quantize(
     )
 
 
-def _taught(folder: Path, model: Any, tokens: Tensor, rates: Rates, device: str, on_step: Any) -> dict[str, Any]:
+def _taught(
+    folder: Path, model: Any, tokens: Tensor, rates: Rates, device: str, journal: Journal, on_step: StepCallback | None
+) -> dict[str, Any]:
     """Distil, or say why not: the checkpoint is good without it, and was long in the making."""
     need, free = required_bytes(folder, rates), free_bytes(device)
     if need > free:
         return {"kept": False, "reason": f"it takes {report.size(need)} of memory, and {report.size(free)} is free"}
     try:
-        return distill(folder, model, tokens, rates=rates, device=device, on_step=on_step)
+        return distill(folder, model, tokens, rates=rates, device=device, journal=journal, on_step=on_step)
     except ModelError as error:
         return {"kept": False, "reason": str(error)}

@@ -55,12 +55,13 @@ def prepare(folder: Path, source: Path, wikitext: Path) -> dict[str, Path]:
     return found
 
 
-def windows(paths: dict[str, Path], tokenizer: Any, seqlen: int, count: int) -> dict[str, Tensor]:
-    """The first `count` windows of each evaluation text, int64 `[count, seqlen]`."""
+def windows(paths: dict[str, Path], tokenizer: Any, seqlen: int, first: int, others: int) -> dict[str, Tensor]:
+    """The `first` windows of WikiText-2, and so many of the other evaluation texts, int64 `[windows, seqlen]`."""
     found = {}
     for name, path in paths.items():
         if name == "calibration":
             continue
+        count = first if name == "wikitext2" else others
         found[name] = read_tokens(str(path), tokenizer, seqlen, count)
         if len(found[name]) < count:
             raise CalibrationError(f"{name} has {len(found[name])} windows of {seqlen} tokens, fewer than {count}.")

@@ -15,6 +15,7 @@ import json
 import os
 import platform
 import shlex
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -32,16 +33,19 @@ from torch.nn import functional
 
 import wq
 from wq import formats, manifest, report, solvers
-from wq.checkpoint import ShardWriter, check_output, staged, write_text
-from wq.errors import CalibrationError, ModelError
+from wq.checkpoint import ShardWriter, write_text
+from wq.errors import CalibrationError, ModelError, OutputError
+from wq.journal import Journal
 from wq.machine import default_device, keep_memory_tight, peak_rss_bytes, release_memory
 from wq.pipeline import blocks as decoder
 from wq.pipeline import calibration as calibration_text
 from wq.pipeline import mixing, sampling
-from wq.pipeline.plan import Block, Plan, assigned, make_plan
+from wq.pipeline.plan import Block, Plan, assigned, make_plan, mix
+from wq.pipeline.progress import Progress, Streams, check_same, digests, on
 from wq.pipeline.source import Source, open_source
 from wq.pipeline.stages import Stages
 from wq.scheme import Scheme, check_quantizable
+from wq.staging import Workplace, check_output, check_space, workplace
 from wq.structure.towers import Tower
 
 _BATCH_TOKENS = 4096  # enough rows for full-speed matrix products, few enough for small activations
@@ -49,7 +53,7 @@ _BATCH_TOKENS = 4096  # enough rows for full-speed matrix products, few enough f
 STEPS = ("sequence",)  # the pipeline's own: a layer learns behind those of its block that are quantized before it
 
 BlockCallback = Callable[[dict[str, Any]], None]
-Finish = Callable[[Path, Tensor | None], dict[str, Any]]
+Finish = Callable[[Path, Tensor | None, Journal], dict[str, Any]]
 
 
 def quantize(
@@ -70,6 +74,7 @@ def quantize(
     device: str | None = None,
     revision: str | None = None,
     overwrite: bool = False,
+    restart: bool = False,
     trust_remote_code: bool = False,
     target_bpw: float | None = None,
     target_size: int | str | None = None,
@@ -90,11 +95,12 @@ def quantize(
     the model writes, whole in memory for that; methods that need none read none. keep: regular expressions; layers
     whose name one of them matches stay dense. dtype: of scales and dense tensors; None keeps the model's own (float32
     is stored as float16). device: where blocks run; None is the first GPU, or the CPU. target_bpw, target_size, mix:
-    instead of bits; `wq.pipeline.mixing.parse`. without: steps of the method, or in `STEPS`, that are left out.
+    instead of bits; `wq.pipeline.mixing.parse`. restart: forget what an unfinished run to this folder has done, and do
+    not go on from there. without: steps of the method, or in `STEPS`, that are left out.
     reserve: how many of the windows the solver does not see. on_block: called with a dict after each block. on_sample:
     called with the tokens that the model has written, and how many it will. on_mix: called with what is done and to do
-    while widths are chosen. finish: called with the folder when all but the report is in it, and with the windows in
-    reserve; what it returns goes into the report.
+    while widths are chosen. finish: called with the folder when all but the report is in it, with the windows in
+    reserve and a journal; what it returns goes into the report.
 
     Raises a WqError, before any heavy work, for everything that can be known to fail.
     """
@@ -102,25 +108,51 @@ def quantize(
     solver, fmt = solvers.get(method), formats.get(format)
     omitted = solvers.check_steps(method, without, STEPS)
     goal, scheme = mixing.parse(target_bpw, target_size, mix, bits), _wished(bits, group_size, symmetric)
-    check_output(Path(output), overwrite)
-    keep_memory_tight()
-    with open_source(model, revision, trust_remote_code) as source, torch.no_grad():
-        plan = make_plan(source, fmt, scheme, group_size is None, keep, dtype)
-        room = None if goal is None else mixing.room(source, fmt, plan, goal)
-        job = _Job(source, solver, fmt, plan, torch.device(device or default_device()), seed, omitted)
-        stream = tokens = left = None
-        if solver.NEEDS_STATISTICS or room is not None:
-            stream = job.calibration(calibration, samples, seqlen, on_sample)
-            tokens, left = stream.tokens.tensor_split([samples - reserve])
-        job.mix(room, tokens, on_mix)
-        with staged(Path(output), overwrite) as stage:
-            with ShardWriter(stage, job.plan.specs) as writer:
+    with _at_work(Path(output), overwrite, restart) as place, torch.no_grad():
+        with open_source(model, revision, trust_remote_code) as source:
+            plan = make_plan(source, fmt, scheme, group_size is None, keep, dtype)
+            room = None if goal is None else mixing.room(source, fmt, plan, goal)
+            job = _Job(source, solver, fmt, plan, torch.device(device or default_device()), seed, omitted, place)
+            asked = {"method": method, "format": format, "samples": samples, "seqlen": seqlen, "reserve": reserve}
+            same = {**asked, "goal": None if goal is None else goal.to_dict()}
+            data = calibration if solver.NEEDS_STATISTICS or room is not None else None
+            stream = job.prepare(same, data, samples, seqlen, room, on_mix, on_sample)
+            tokens, left = (None, None) if stream is None else stream.tokens.tensor_split([samples - reserve])
+            if place.published:
+                return _published(place)
+            with job.writer(tokens) as writer:
                 layers = job.run(writer, tokens if solver.NEEDS_STATISTICS else None, on_block)
-            config = _write_config(source, stage, job.plan, fmt)
-            source.save_companions(stage)
-            finished = job.mixed(config) | ({} if finish is None else finish(stage, left))
+            config = _write_config(source, place.folder, job.plan, fmt)
+            source.save_companions(place.folder)
+            finished = job.mixed(config) | ({} if finish is None else finish(place.folder, left, job.journal))
             made = _report(source, job.plan, method, format, stream, layers, job, started) | finished
-            _describe(stage, made)
+            _describe(place.folder, made)
+        place.publish()
+    return made
+
+
+@contextmanager
+def _at_work(output: Path, overwrite: bool, restart: bool) -> Iterator[Workplace]:
+    """The workplace of `output`, which keeps what an unfinished run has done; what fails says how to go on."""
+    keep_memory_tight()
+    with workplace(output, overwrite) as place:
+        if restart:
+            place.clear()
+        if not place.published:
+            check_output(output, overwrite)
+        try:
+            yield place
+        except BaseException as error:
+            if place.keep and not isinstance(error, OutputError):
+                error.add_note(f"What is done is kept in {place.root}: repeat the command to go on from there.")
+            raise
+
+
+def _published(place: Workplace) -> dict[str, Any]:
+    """What a run reported that was killed between putting the checkpoint in place and tidying up."""
+    place.keep = False
+    made = report.load(place.path)
+    assert made is not None
     return made
 
 
@@ -160,32 +192,126 @@ class _Job:
     plan: Plan
     device: torch.device
     seed: int
-    without: frozenset[str] = frozenset()
+    without: frozenset[str]
+    place: Workplace
+    identity: dict[str, Any] = field(default_factory=dict)  # what tells it from other runs
+    progress: Progress = field(default_factory=Progress)
     changed: set[str] = field(default_factory=set)  # dense parameters that folding altered
-    done: int = 0  # blocks
     choice: dict[str, Any] | None = None  # of widths
+    before: float = 0.0  # seconds that other runs have spent
+
+    @property
+    def journal(self) -> Journal:
+        return Journal(self.place.root)
 
     @property
     def compute_dtype(self) -> torch.dtype:
         """float32 on the CPU; a GPU runs the model in its own dtype, and sums statistics in float32."""
         return torch.float32 if self.device.type == "cpu" else self.source.dtype
 
-    def calibration(
-        self, source: str | Iterable[str], samples: int, seqlen: int, on_sample: sampling.SampleCallback | None
-    ) -> calibration_text.Calibration:
-        """Windows of tokens, of a text or of the model's own."""
-        _check_can_calibrate(self.source, self.plan, seqlen)
-        if isinstance(source, str) and source == sampling.SELF:
-            where = self.device, self.compute_dtype
-            return sampling.sample(self.source, samples, seqlen, self.seed, *where, on_sample)
-        return calibration_text.load(source, self.source.tokenizer, samples, seqlen, self.seed)
+    def prepare(
+        self,
+        asked: dict[str, Any],
+        source: str | Iterable[str] | None,
+        samples: int,
+        seqlen: int,
+        room: mixing.Room | None,
+        on_mix: mixing.OnStep | None,
+        on_sample: sampling.SampleCallback | None,
+    ) -> calibration_text.Calibration | None:
+        """Tokens to learn from, and a width for each layer; and how far a run before this one has come.
 
-    def mix(self, room: mixing.Room | None, tokens: Tensor | None, on_mix: mixing.OnStep | None) -> None:
-        """Choose a width for each layer, if that was asked for."""
-        if room is None or tokens is None:
-            return
-        where, weighted = (self.device, self.compute_dtype), self.solver.NEEDS_STATISTICS
-        self.plan, self.choice = mixing.choose(self.source, self.fmt, self.plan, room, tokens, *where, weighted, on_mix)
+        What takes long to find is noted. Raises OutputError if the run before was of another job.
+        """
+        if source is not None:
+            _check_can_calibrate(self.source, self.plan, seqlen)
+        own = isinstance(source, str) and source == sampling.SELF
+        stream = None
+        if source is not None and not own:
+            stream = calibration_text.load(source, self.source.tokenizer, samples, seqlen, self.seed)
+        self.identity = self._identity(asked, source if own else stream and stream.describe())
+        self._go_on()
+        note = self.journal.read("prepared")
+        if note is not None:
+            check_same(note.value["job"], self.identity, self.place.path)
+            if own:
+                stream = calibration_text.Calibration(note.tensors["tokens"], **note.value["calibration"])
+            if room is not None:
+                self.plan, self.choice = mix(self.source, self.fmt, self.plan, note.value["bits"]), note.value["choice"]
+            return stream
+        where = self.device, self.compute_dtype
+        if own:
+            stream = sampling.sample(self.source, samples, seqlen, self.seed, *where, on_sample)
+        if room is not None and stream is not None:
+            tokens, weighted = stream.tokens[: samples - asked["reserve"]], self.solver.NEEDS_STATISTICS
+            self.plan, self.choice = mixing.choose(
+                self.source, self.fmt, self.plan, room, tokens, *where, weighted, on_mix
+            )
+        if own or room is not None:
+            self._note_prepared(stream)
+        return stream
+
+    def _note_prepared(self, stream: calibration_text.Calibration | None) -> None:
+        bits = {path: scheme.bits for path, scheme in self.plan.schemes.items()}
+        said = {"job": self.identity, "bits": bits, "choice": self.choice}
+        if stream is not None:
+            said["calibration"] = {name: value for name, value in vars(stream).items() if name != "tokens"}
+        self.journal.write("prepared", said, {} if stream is None else {"tokens": stream.tokens})
+        self.place.keep = True
+
+    def _identity(self, asked: dict[str, Any], data: Any) -> dict[str, Any]:
+        """All that the checkpoint depends on; a dict that JSON gives back as it is."""
+        return {
+            "model": digests(self.source.folder),
+            **asked,
+            "scheme": self.plan.scheme.to_dict(),
+            "dtype": str(self.plan.dtype),
+            "dense": self.plan.dense,
+            "without": sorted(self.without),
+            "seed": self.seed,
+            "calibration": data,
+            "device": self.device.type,
+            "versions": _versions(),
+        }
+
+    def _go_on(self) -> None:
+        """Take up what an unfinished run has done; one that had published is only looked at."""
+        try:
+            found = Progress.load(self.journal, self.identity, self.place.path)
+        except OutputError:
+            if not self.place.published:
+                raise
+            found = None
+        if found is not None:
+            self.progress, self.before = found, found.seconds
+        elif self.place.published:
+            self.place.clear()
+            check_output(self.place.path, self.place.overwrite)
+
+    def writer(self, tokens: Tensor | None) -> ShardWriter:
+        """What puts tensors into the checkpoint, with those in it that are done. Raises OutputError for want of space.
+
+        tokens: those whose hidden states will be noted.
+        """
+        if not self.progress.blocks:
+            shutil.rmtree(self.place.folder, ignore_errors=True)
+            self.place.folder.mkdir()
+            self._check_space(tokens)
+        return ShardWriter(self.place.folder, self.plan.specs, written=self.progress.written)
+
+    def _check_space(self, tokens: Tensor | None) -> None:
+        """A note of the streams takes the place of another that is removed only then."""
+        whole = sum(spec.bytes for spec in self.plan.specs.values())
+        size = getattr(self.source.config.get_text_config(), "hidden_size", 0)
+        streams = 0 if tokens is None or not self.solver.NEEDS_STATISTICS else 2 if self._paired else 1
+        notes = 0 if tokens is None else 2 * streams * tokens.numel() * size * self.compute_dtype.itemsize
+        what = f"{report.size(whole)} for the checkpoint, {report.size(notes)} for notes to go on from"
+        check_space(self.place.path, whole + notes, what)
+
+    @property
+    def _paired(self) -> bool:
+        """Whether the dense model runs beside the quantized one."""
+        return getattr(self.solver, "NEEDS_PAIRS", False) and not self.without & {"target", "sequence"}
 
     def mixed(self, config: dict[str, Any]) -> dict[str, Any]:
         """For the report, how widths were chosen and who reads the result; nothing if all have one."""
@@ -195,30 +321,82 @@ class _Job:
 
     def run(self, writer: ShardWriter, tokens: Tensor | None, on_block: BlockCallback | None) -> list[dict[str, Any]]:
         """Quantize every block and write everything; the records of all layers."""
-        records: list[dict[str, Any]] = []
-        encoded: list[Tensor] = []
-        dense_encoded: list[Tensor] = []
-        count = sum(len(blocks) for _, blocks in self.plan.towers)
+        left = self.progress.blocks  # of those that a run before has done
+        if left and on_block is not None:
+            on_block({"block": left, "blocks": self._count, "layers": [], "seconds": 0.0, "resumed": True})
         for tower, blocks in self.plan.towers:
-            last = tower is self.plan.towers[-1][0]
-            inputs = [] if tokens is None else self._inputs(tower, tokens, encoded)
-            captured = self._capture(tower, inputs) if inputs else None
-            dense = self._dense_stream(tower, captured, tokens, dense_encoded)
-            for index, block in enumerate(blocks):
-                started = time.perf_counter()
-                made = self._block(writer, block, index, captured, dense, last and index + 1 == len(blocks))
-                records += made
-                self.done += 1
-                if on_block is not None:
-                    seconds = time.perf_counter() - started
-                    on_block({"block": self.done, "blocks": count, "layers": made, "seconds": seconds})
-            if captured is not None and not last:
-                with self._around(tower):
-                    encoded = decoder.finish(tower.root, tower.blocks, inputs, captured)
-                    if dense is not None:
-                        dense_encoded = decoder.finish(tower.root, tower.blocks, inputs, dense)
+            if left < len(blocks):
+                self._tower(writer, tower, blocks, left, tokens, on_block)
+            left = max(0, left - len(blocks))
         self._write_dense(writer, "", excluding=tuple(f"{tower.blocks_path}." for tower, _ in self.plan.towers))
-        return records
+        return self.progress.layers
+
+    @property
+    def _count(self) -> int:
+        return sum(len(blocks) for _, blocks in self.plan.towers)
+
+    def _tower(
+        self,
+        writer: ShardWriter,
+        tower: Tower,
+        blocks: list[Block],
+        start: int,
+        tokens: Tensor | None,
+        on_block: BlockCallback | None,
+    ) -> None:
+        """Quantize the blocks of a tower from `start` on, and note the progress after each."""
+        last = tower is self.plan.towers[-1][0]
+        streams, self.progress.streams = self.progress.streams, {}
+        encoded = {name: on(self.device, streams.get(name, [])) for name in ("encoded", "dense encoded")}
+        inputs = [] if tokens is None else self._inputs(tower, tokens, encoded["encoded"])
+        captured = self._capture(tower, inputs) if inputs else None
+        dense = self._dense_stream(tower, captured, tokens, encoded["dense encoded"])
+        if start and captured is not None:
+            captured.hidden = on(self.device, streams["hidden"])
+            self.source.unload(blocks[0].module)
+            if dense is not None:
+                dense.hidden = on(self.device, streams["dense"])
+        streams.clear()
+        for index, block in list(enumerate(blocks))[start:]:
+            started = time.perf_counter()
+            ended = index + 1 == len(blocks)
+            made = self._block(writer, block, index, captured, dense, last and ended)
+            streams = encoded | ({} if captured is None or (last and ended) else {"hidden": captured.hidden})
+            if dense is not None and "hidden" in streams:
+                streams["dense"] = dense.hidden
+            if ended and captured is not None:
+                streams = {} if last else self._encoded(tower, inputs, captured, dense)
+            self._note(writer, made, streams, time.perf_counter() - started, on_block)
+
+    def _encoded(
+        self, tower: Tower, inputs: list[dict[str, Any]], captured: decoder.Captured, dense: decoder.Captured | None
+    ) -> Streams:
+        """What an encoder hands to its decoder."""
+        with self._around(tower):
+            found = {"encoded": decoder.finish(tower.root, tower.blocks, inputs, captured)}
+            if dense is not None:
+                found["dense encoded"] = decoder.finish(tower.root, tower.blocks, inputs, dense)
+        return found
+
+    def _note(
+        self,
+        writer: ShardWriter,
+        made: list[dict[str, Any]],
+        streams: Streams,
+        seconds: float,
+        on_block: BlockCallback | None,
+    ) -> None:
+        """Make a block's work outlive this process."""
+        writer.sync()
+        before = self.progress
+        self.progress = Progress(
+            before.blocks + 1, before.layers + made, writer.written, before.seconds + seconds, streams
+        )
+        self.progress.save(self.journal, self.identity)
+        self.place.keep = True
+        if on_block is not None:
+            done = self.progress.blocks
+            on_block({"block": done, "blocks": self._count, "layers": made, "seconds": seconds})
 
     def _block(
         self,
@@ -242,7 +420,7 @@ class _Job:
             block=block,
             forward=None if captured is None else lambda batch: captured.run(block.module, index, batch),
             windows=[] if captured is None else [len(hidden) for hidden in captured.hidden],
-            generator=torch.Generator(device=self.device).manual_seed(self.seed + self.done),
+            generator=torch.Generator(device=self.device).manual_seed(self.seed + self.progress.blocks),
             dense=None if dense is None or original is None else (original, partial(dense.run, original, index)),
             without=self.without,
             changed=self.changed,
@@ -296,8 +474,7 @@ class _Job:
         self, tower: Tower, captured: decoder.Captured | None, tokens: Tensor | None, encoded: list[Tensor]
     ) -> decoder.Captured | None:
         """The hidden states of the dense model, for a solver that compares; they are the same in front of block 0."""
-        wanted = getattr(self.solver, "NEEDS_PAIRS", False) and not self.without & {"target", "sequence"}
-        if captured is None or tokens is None or not wanted:
+        if captured is None or tokens is None or not self._paired:
             return None
         if encoded:
             return self._capture(tower, self._inputs(tower, tokens, encoded))
@@ -359,17 +536,17 @@ def _report(
         "without": sorted(job.without),
         "fallbacks": fallbacks,
         "layers": layers,
-        "seconds": round(time.perf_counter() - started, 1),
+        "seconds": round(job.before + time.perf_counter() - started, 1),
         "peak_rss_bytes": peak_rss_bytes(),
         "device": str(job.device),
         "command": _command(),
-        "versions": {
-            "wq": wq.__version__,
-            "torch": torch.__version__,
-            "transformers": version("transformers"),
-            "python": platform.python_version(),
-        },
+        "versions": _versions() | {"python": platform.python_version()},
     }
+
+
+def _versions() -> dict[str, str]:
+    """Of what the numbers depend on."""
+    return {"wq": wq.__version__, "torch": torch.__version__, "transformers": version("transformers")}
 
 
 def _command() -> str:

@@ -1,0 +1,327 @@
+"""Kill, race and starve `wq quantize`, and see that nothing is lost, mixed up or left behind.
+
+    python scripts/reliability.py --output benchmarks/results/DATE-reliability.json [--only resume] [--count 100]
+
+    resume  SIGKILL at a random moment, again and again; the run that comes to its end must have made the same bytes as
+            one that was never killed, and no block that was done may have been done again
+    save    SIGKILL while a checkpoint takes the place of another; what is there must be all of one or all of the other,
+            and the next run must leave nothing beside it
+    race    two processes write to one folder at once; what is there must be whole
+    full    a disk of every size (tmpfs, for which one has to be root): refused with what is needed, the old checkpoint
+            whole, and the run goes on once there is room
+
+Each prints its counts. Models are random and tiny; what runs in a process of its own is forked, for speed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import datetime
+import json
+import os
+import platform
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+os.environ["OMP_NUM_THREADS"] = "1"  # a forked process has one thread, whatever its parent had
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tests"))
+
+import tiny_models  # noqa: E402
+import torch  # noqa: E402
+
+import wq  # noqa: E402
+from wq import manifest  # noqa: E402
+from wq.errors import WqError  # noqa: E402
+from wq.presets import quantize  # noqa: E402
+
+ARCHITECTURES = ("llama", "mixtral", "qwen3", "llava", "t5")  # dense, experts, tied, image and text, encoder-decoder
+METHODS = ("gptq", "awq", "rtn")
+COUNTS = {"resume": 100, "save": 200, "race": 50, "full": 50}
+OPTIONS: dict[str, Any] = {"calibration": "builtin", "samples": 16, "seqlen": 32, "group_size": 32}
+Record = dict[str, Any]
+
+
+def fork(work: Callable[[], None], log: Path | None = None) -> int:
+    """Do something in a process of its own; its pid. It ends with 0, 3 for a WqError, 1 for any other."""
+    sys.stdout.flush()
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 1
+    try:
+        work()
+        code = 0
+    except WqError as error:
+        code = 3
+        if log is not None:
+            log.write_text(str(error))
+    except BaseException:
+        traceback.print_exc()
+    os._exit(code)
+
+
+def ended(pid: int) -> int:
+    """The exit status of a process, negative for a signal."""
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def whole(folder: Path) -> str | None:
+    """The manifest of a checkpoint all of whose files are what it says; None of any other folder."""
+    files = manifest.read(folder) if folder.is_dir() else None
+    if files is None or set(files) != set(manifest.names(folder)):
+        return None
+    good = all(manifest.sha256(folder / name) == entry["sha256"] for name, entry in files.items())
+    return json.dumps(files, sort_keys=True) if good else None
+
+
+def beside(folder: Path, *expected: Path) -> list[str]:
+    """What lies in a folder besides what is expected there."""
+    return sorted(path.name for path in folder.iterdir() if path not in expected)
+
+
+# --- kills at any moment ---
+
+
+def resume(count: int, work: Path, seed: int) -> Record:
+    """Kill runs until each has come to its end."""
+    kinds = [(architecture, method) for architecture in ARCHITECTURES for method in METHODS]
+    draw, tallies = random.Random(seed), Counter[str]()
+    by_kind: dict[str, Record] = {}
+    for number, (architecture, method) in enumerate(kinds):
+        kills = count // len(kinds) + (number < count % len(kinds))
+        if kills:
+            kind = f"{architecture} {method}"
+            by_kind[kind] = _resume(work / kind.replace(" ", "-"), architecture, method, kills, draw)
+            tallies.update(by_kind[kind])
+            print(f"resume, {kind}: {by_kind[kind]}", flush=True)
+    return {**tallies, "kinds": by_kind, "good": not (tallies["different"] or tallies["redone"] or tallies["left"])}
+
+
+def _resume(work: Path, architecture: str, method: str, kills: int, draw: random.Random) -> Record:
+    source = tiny_models.make(work / "dense", architecture)
+    options = {**OPTIONS, "method": method}
+    quantize(source, work / "once", **options)
+    started = time.perf_counter()
+    quantize(source, work / "unbroken", **options)
+    seconds, made = time.perf_counter() - started, whole(work / "unbroken")
+    assert made is not None
+    assert whole(work / "once") == made
+    tally = Counter(kills=0, runs=0, identical=0, different=0, redone=0, left=0)
+    while tally["kills"] < kills:
+        tally["runs"] += 1
+        done = 0
+        while True:
+            code, first, last = _run(source, work, options, draw.uniform(0, seconds), tally["kills"] < kills)
+            tally["redone"] += max(0, done - first)
+            done = last
+            if code != -signal.SIGKILL:
+                break
+            tally["kills"] += 1
+        same = code == 0 and whole(work / "out") == made
+        tally["identical" if same else "different"] += 1
+        tally["left"] += len(beside(work, work / "dense", work / "once", work / "unbroken", work / "out"))
+        shutil.rmtree(work / "out", ignore_errors=True)
+    return dict(tally)
+
+
+def _run(source: Path, work: Path, options: Record, delay: float, kill: bool) -> tuple[int, int, int]:
+    """One run, killed after `delay` seconds if it is still at it: how it ended, the block it began behind, its last."""
+    read, write = os.pipe()
+
+    def tell(event: Record) -> None:
+        os.write(write, bytes([event["block"] + 100 * event.get("resumed", False)]))
+
+    pid = fork(lambda: quantize(source, work / "out", on_block=tell, **options) and None)
+    os.close(write)
+    if kill:
+        time.sleep(delay)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    code = ended(pid)
+    told = list(os.read(read, 1000))
+    os.close(read)
+    first = next((block - 100 for block in told if block > 100), 0)
+    return code, first, max((block for block in told if block < 100), default=first)
+
+
+# --- kills while a checkpoint takes its place ---
+
+
+def save(count: int, work: Path, seed: int) -> Record:
+    """Kill runs while they put a checkpoint in the place of another."""
+    source = tiny_models.make(work / "dense", "llama")
+    states = {}
+    for name, bits in (("old", 8), ("new", 4)):
+        quantize(source, work / name, bits=bits, method="rtn", **OPTIONS)
+        states[name] = whole(work / name)
+    draw, tally = random.Random(seed), Counter(kills=0, old=0, new=0, mixed=0, left=0, wrong_next=0)
+    out = work / "place" / "out"
+    length = _publishing(source, work)
+    while tally["kills"] < count:
+        shutil.rmtree(out.parent, ignore_errors=True)
+        shutil.copytree(work / "old", out)
+        pid, ready = _saving(source, out)
+        os.read(ready, 1)
+        time.sleep(draw.uniform(0, length))
+        os.kill(pid, signal.SIGKILL)
+        os.close(ready)
+        tally["kills"] += ended(pid) == -signal.SIGKILL
+        found = whole(out)
+        tally[next((name for name, state in states.items() if found == state), "mixed")] += 1
+        quantize(source, out, bits=4, method="rtn", overwrite=True, **OPTIONS)
+        tally["wrong_next"] += whole(out) != states["new"]
+        tally["left"] += len(beside(out.parent, out))
+    print(f"save: {dict(tally)}, in {length:.3f} s of saving", flush=True)
+    return {**tally, "good": not (tally["mixed"] or tally["left"] or tally["wrong_next"])}
+
+
+def _saving(source: Path, out: Path) -> tuple[int, int]:
+    """A process that tells, by a byte on the pipe returned, when its tensors are written and the rest begins."""
+    read, write = os.pipe()
+
+    def tell(event: Record) -> None:
+        if event["block"] == event["blocks"]:
+            os.write(write, b"x")
+
+    options = {"bits": 4, "method": "rtn", "overwrite": True, "on_block": tell, **OPTIONS}
+    pid = fork(lambda: quantize(source, out, **options) and None)
+    os.close(write)
+    return pid, read
+
+
+def _publishing(source: Path, work: Path) -> float:
+    """How long the rest takes."""
+    shutil.copytree(work / "old", work / "place" / "out")
+    pid, ready = _saving(source, work / "place" / "out")
+    os.read(ready, 1)
+    started = time.perf_counter()
+    assert ended(pid) == 0
+    os.close(ready)
+    return time.perf_counter() - started
+
+
+# --- two at once ---
+
+
+def race(count: int, work: Path, seed: int) -> Record:
+    """Two processes begin at the same time."""
+    source = tiny_models.make(work / "dense", "llama")
+    quantize(source, work / "alone", method="rtn", **OPTIONS)
+    made, draw, out = whole(work / "alone"), random.Random(seed), work / "place" / "out"
+    tally = Counter(races=0, one_refused=0, both_wrote=0, corrupt=0, left=0)
+    while tally["races"] < count:
+        shutil.rmtree(out.parent, ignore_errors=True)
+        pids = []
+        for _ in range(2):
+            options = {"method": "rtn", "overwrite": True, **OPTIONS}
+            pids.append(fork(lambda options=options: quantize(source, out, **options) and None))
+            time.sleep(draw.uniform(0, 0.02))
+        codes = sorted(ended(pid) for pid in pids)
+        tally["races"] += 1
+        tally["one_refused"] += codes == [0, 3]
+        tally["both_wrote"] += codes == [0, 0]
+        tally["corrupt"] += whole(out) != made or codes not in ([0, 0], [0, 3])
+        tally["left"] += len(beside(out.parent, out))
+    print(f"race: {dict(tally)}", flush=True)
+    return {**tally, "good": not (tally["corrupt"] or tally["left"])}
+
+
+# --- no space ---
+
+
+def full(count: int, work: Path, seed: int) -> Record:
+    """Disks from too small for anything to large enough."""
+    source = tiny_models.make(work / "dense", "llama", num_hidden_layers=4)
+    options = {"method": "gptq", **OPTIONS}
+    quantize(source, work / "alone", **options)
+    made = whole(work / "alone")
+    old = sum(file.stat().st_size for file in (work / "alone").iterdir())
+    tally = Counter(sizes=0, refused=0, done=0, old_lost=0, not_told=0, not_resumed=0, resumed_behind_a_block=0)
+    for number in range(count):
+        room = old + 65536 + (4 * old) * (number + 1) // count  # for what is there, and for more and more
+        with disk(work / "disk", room) as place:
+            if place is None:
+                return {"skipped": "a tmpfs cannot be mounted here", "good": True}
+            _full(source, work, place / "out", made, options, tally)
+    print(f"full: {dict(tally)}", flush=True)
+    return {**tally, "good": not (tally["old_lost"] or tally["not_told"] or tally["not_resumed"])}
+
+
+def _full(source: Path, work: Path, out: Path, made: str | None, options: Record, tally: Counter[str]) -> None:
+    shutil.copytree(work / "alone", out)
+    log = work / "said"
+    log.unlink(missing_ok=True)
+    tally["sizes"] += 1
+    code = ended(fork(lambda: quantize(source, out, overwrite=True, **{**options, "seed": 1}) and None, log))
+    tally["done"] += code == 0
+    if code == 0:
+        return
+    tally["refused"] += code == 3
+    said = log.read_text() if log.exists() else ""
+    tally["not_told"] += code != 3 or not any(
+        word in said for word in ("bytes are needed", "cannot reserve", "is full")
+    )
+    tally["old_lost"] += whole(out) != made
+    subprocess.run(["mount", "-o", "remount,size=64m", str(out.parent)], check=True)
+    events: list[Record] = []
+    quantize(source, out, overwrite=True, on_block=events.append, **{**options, "seed": 1})
+    tally["resumed_behind_a_block"] += bool(events[0].get("resumed"))
+    tally["not_resumed"] += whole(out) is None or bool(beside(out.parent, out))
+
+
+@contextlib.contextmanager
+def disk(folder: Path, size: int) -> Iterator[Path | None]:
+    """A file system of so many bytes, or None where that cannot be had."""
+    folder.mkdir(exist_ok=True)
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], check=False)
+    try:
+        yield None if mounted.returncode else folder
+    finally:
+        if not mounted.returncode:
+            subprocess.run(["umount", str(folder)], check=True)
+
+
+PARTS = {"resume": resume, "save": save, "race": race, "full": full}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, help="the JSON file to write")
+    parser.add_argument("--only", choices=PARTS, action="append", help="may be repeated")
+    parser.add_argument("--count", type=int, help=f"of each; default: {COUNTS}")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    made: Record = {
+        "date": datetime.date.today().isoformat(),
+        "versions": {"wq": wq.__version__, "torch": torch.__version__, "python": platform.python_version()},
+        "machine": platform.machine(),
+        "seed": options.seed,
+    }
+    for name in options.only or PARTS:
+        with tempfile.TemporaryDirectory() as folder:
+            started = time.perf_counter()
+            made[name] = PARTS[name](options.count or COUNTS[name], Path(folder), options.seed)
+            made[name]["seconds"] = round(time.perf_counter() - started, 1)
+    text = json.dumps(made, indent=1)
+    print(text)
+    if options.output is not None:
+        options.output.write_text(text + "\n", encoding="utf-8")
+    if not all(made[name]["good"] for name in options.only or PARTS):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
