@@ -228,7 +228,7 @@ DAMAGES: dict[str, Damage] = {
     "dtype lies": (FORMATS, header(lambda h: h["model.norm.weight"].update(dtype="F99")), SINGLE, "cannot be read"),
     "overlap": (FORMATS, header(lambda h: h.update(again=h["model.norm.weight"])), SINGLE, "claim the same bytes"),
     "tensor twice": (FORMATS, header(text=lambda t: t.rstrip()[:-1] + b"," + _entry(t)),
-                     SINGLE, "readers understand differently"),
+                     SINGLE, "is there twice"),
     "stray shard": (FORMATS, renewed(lambda f, _: shutil.copy(f / SINGLE, f / "b.safetensors")),
                     "b.safetensors", "no ind"),
     # the index

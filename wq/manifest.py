@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from wq.checkpoint import write_text
+from wq.checkpoint import is_plain, read_json, write_text
 from wq.errors import CheckpointError
 
 MANIFEST = "wq_manifest.json"
@@ -32,11 +32,8 @@ def read(folder: Path) -> dict[str, dict[str, Any]] | None:
     file = folder / MANIFEST
     if not file.is_file():
         return None
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file} is not JSON ({error}). Download it again.") from error
-    files = values.get("files") if isinstance(values, dict) and values.get("version") == VERSION else None
+    values = read_json(file)
+    files = values.get("files") if values.get("version") == VERSION else None
     if not isinstance(files, dict) or not all(_is_entry(name, entry) for name, entry in files.items()):
         raise CheckpointError(
             f"{file} is no manifest of version {VERSION}: it must give plain file names a size and a sha256."
@@ -63,7 +60,5 @@ def sha256(file: Path) -> str:
 
 
 def _is_entry(name: str, entry: Any) -> bool:
-    plain = bool(name) and name not in (".", "..") and Path(name).name == name and "\0" not in name
-    return (
-        plain and isinstance(entry, dict) and type(entry.get("bytes")) is int and isinstance(entry.get("sha256"), str)
-    )
+    known = isinstance(entry, dict) and type(entry.get("bytes")) is int and isinstance(entry.get("sha256"), str)
+    return known and is_plain(name)

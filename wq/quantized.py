@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from wq import formats
-from wq.checkpoint import Entry, read_tensor
+from wq.checkpoint import Entry, read_json, read_tensor
 from wq.errors import CheckpointError
 from wq.formats import awq, compressed_tensors, gptq
 from wq.formats.stored import Stored
@@ -20,13 +19,14 @@ LEAVES = (*compressed_tensors.LEAVES, *gptq.LEAVES)  # of every format: awq's ar
 
 def read_config(folder: Path) -> dict[str, Any]:
     """config.json of a quantized folder. Raises CheckpointError when it is none."""
+    why = "this is no quantized checkpoint"
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        if isinstance(config["quantization_config"], dict):
-            return dict(config)
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
-    raise CheckpointError(f"{folder}/config.json has no quantization_config: this is no quantized checkpoint.")
+        config = read_json(folder / "config.json")
+        if isinstance(config.get("quantization_config"), dict):
+            return config
+    except CheckpointError as error:
+        why = str(error)
+    raise CheckpointError(f"{folder}/config.json has no quantization_config: {why.removesuffix('.')}.")
 
 
 def split(entries: Mapping[str, Entry]) -> tuple[dict[str, dict[str, Entry]], dict[str, Entry]]:
@@ -64,12 +64,12 @@ def describe(
 def _owner(leaves: Mapping[str, Entry], shape: tuple[int, int] | None, config: Mapping[str, Any]) -> str:
     """The format. gptq and awq both have a `qweight`: gptq packs it along in_features, awq along out_features.
 
-    awq's gemv packs it along in_features too, with rows first; only the config tells that.
+    Where the config says which, it is that: a shape turned around must not make a layer of one a layer of the other.
     """
     if "weight_packed" in leaves:
         return "compressed-tensors"
-    if config.get("quant_method") == "awq" and awq.version(config) == "gemv":
-        return "awq"
+    if config.get("quant_method") in ("awq", "gptq"):
+        return str(config["quant_method"])
     qweight, scales = leaves["qweight"].shape, leaves["scales"].shape if "scales" in leaves else ()
     out_features = shape[0] if shape else scales[-1] if scales else 0
     packed = {bit_stream.words(out_features, width) for width in STORED_BITS} - {out_features}

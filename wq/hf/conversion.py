@@ -13,6 +13,7 @@ from transformers.core_model_loading import ConversionOps
 from transformers.pytorch_utils import Conv1D
 
 from wq import formats
+from wq.checkpoint import finite
 from wq.formats import compressed_tensors
 from wq.formats.stored import Packed, Stored
 from wq.hf import experts
@@ -75,6 +76,7 @@ class Quantize(_Operation):
     ) -> dict[str, Tensor]:
         (weight,) = single(input_dict).values()
         missing_keys.discard(full_layer_name)
+        finite(full_layer_name, weight)
         if full_layer_name in self.hf_quantizer.fused:
             return self._experts(weight, full_layer_name, model)
         path = full_layer_name.removesuffix(".weight")

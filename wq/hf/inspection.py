@@ -15,7 +15,7 @@ from wq.errors import CheckpointError
 from wq.formats.stored import Stored
 from wq.hf import experts
 from wq.structure.linears import is_linear, shape_of
-from wq.structure.names import map_names
+from wq.structure.names import check_plain, map_names
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,7 @@ def inspect(model: PreTrainedModel, entries: Mapping[str, Entry], config: Mappin
     _refuse(model, "missing", [name for name in absent if name not in direct])
     biases = {f"{prefix}.bias" for prefix in packed}  # of zeros, where the model has none: AutoGPTQ wrote them
     _refuse(model, "unexpected", [n for n in unexpected if n not in biases or read_tensor(others[n]).any()])
+    check_plain(model, mapped, others)
     layers: dict[str, Stored] = {}
     parts: dict[str, dict[str, Stored]] = {}  # parameter of experts: how each of its pieces is stored
     for prefix, leaves in packed.items():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,11 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from wq.errors import CheckpointError, FormatError, ModelError, first_line
+from wq.checkpoint import Entry
+from wq.errors import CheckpointError, ModelError, WqError, first_line
 from wq.hf.config import WqConfig
+from wq.structure.limits import check_folder, few_modules
+from wq.structure.names import check_plain, map_names
 from wq.structure.towers import model_class
 
 
@@ -41,21 +44,40 @@ def load(
         if dtype == "auto":
             options["dtype"] = torch.float32
     else:
+        entries = check_folder(path) if path.is_dir() else {}
         config = read_config(location["pretrained_model_name_or_path"], revision)
         kind = model_class(config)
+        options["use_safetensors"] = True  # never a pickle
         if getattr(config, "quantization_config", None) is not None:
             options["quantization_config"] = WqConfig(dequantize=dequantize)
+        elif entries:
+            _check_dense(kind, config, entries, name)
     try:
         with _quiet():
-            loaded = kind.from_pretrained(**location, **options)
-            tokenizer = AutoTokenizer.from_pretrained(**location, revision=revision)
-    except (OSError, ValueError) as error:
-        if isinstance(error, (CheckpointError, FormatError)):
-            raise
+            loaded = kind.from_pretrained(**location, **options, trust_remote_code=False)
+            tokenizer = AutoTokenizer.from_pretrained(**location, revision=revision, trust_remote_code=False)
+    except WqError:
+        raise
+    except Exception as error:  # whatever files of any origin make transformers raise
         raise ModelError(f"{name} could not be loaded ({first_line(error)}).") from error
     if device is not None:
         loaded.to(device)
     return loaded, tokenizer
+
+
+def _check_dense(kind: Any, config: PreTrainedConfig, entries: Mapping[str, Entry], name: str) -> None:
+    """Refuse a dense checkpoint that transformers would complete with random numbers. Raises CheckpointError."""
+    try:
+        with torch.device("meta"), few_modules(len(entries)):
+            model = (getattr(kind, "_from_config", None) or kind.from_config)(config)
+    except WqError:
+        raise
+    except Exception as error:  # whatever a config of any origin makes transformers raise
+        raise ModelError(f"{name} is no model that transformers can build ({first_line(error)}).") from error
+    mapped, absent, _ = map_names(model, entries)
+    if absent:
+        raise CheckpointError(f"{name}: {absent[0]} is not in its files ({len(absent)} are not). Download it again.")
+    check_plain(model, mapped, entries)
 
 
 @contextmanager
@@ -72,6 +94,6 @@ def _quiet() -> Iterator[None]:
 
 def read_config(name: str, revision: str | None) -> PreTrainedConfig:
     try:
-        return AutoConfig.from_pretrained(name, revision=revision)
-    except (OSError, ValueError) as error:
+        return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
+    except Exception as error:  # its classes check little of what a config says
         raise ModelError(f"{name} is no model that transformers can load ({first_line(error)}).") from error

@@ -66,6 +66,7 @@ class WqQuantizer(HfQuantizer):
         if self.pre_quantized:
             self._prepare_packed(model, checkpoint_files or [])
         else:
+            _stay_inside(model, checkpoint_files or [])
             self._prepare_dense(model)
         return model
 
@@ -93,10 +94,15 @@ class WqQuantizer(HfQuantizer):
 
     def _prepare_packed(self, model: PreTrainedModel, files: list[str]) -> None:
         """Put an empty `WqLinear` wherever the shards hold a packed weight, after checking that they fit."""
+        _stay_inside(model, files)
         self.mapped = Mapped(files)
         entries: dict[str, Entry] = {}
         for file in files:
-            entries |= read_header(Path(file))
+            more = read_header(Path(file))
+            twice = sorted(entries.keys() & more.keys())
+            if twice:
+                raise CheckpointError(f"{twice[0]} is in two shards, one of them {file}. Download it again.")
+            entries |= more
         with torch.device("cpu"):  # transformers is building its model on meta; the values read here are real
             found = inspect(model, entries, self.quantization_config.checkpoint or {})
         self.stored, self.experts = found.layers, found.experts
@@ -238,6 +244,14 @@ class WqQuantizer(HfQuantizer):
     @property
     def is_compileable(self) -> bool:
         return True
+
+
+def _stay_inside(model: PreTrainedModel, files: list[str]) -> None:
+    """Refuse shards that an index finds outside of a local folder: transformers follows it anywhere."""
+    folder = Path(model.config._name_or_path)
+    for file in map(Path, files if folder.is_dir() else ()):
+        if not file.is_relative_to(folder) or ".." in file.relative_to(folder).parts:
+            raise CheckpointError(f"{folder}: its index looks for {file} outside of it. Do not load this folder.")
 
 
 def _require_loaded(path: str, module: nn.Module) -> None:

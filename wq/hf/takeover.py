@@ -66,7 +66,7 @@ def serves(config: Mapping[str, Any], chosen: Any) -> bool:
     policy = os.environ.get(ENVIRONMENT, POLICIES[0])
     _check(policy)
     method = config.get("quant_method")
-    if policy == "never" or method not in _NEEDS:
+    if policy == "never" or not isinstance(method, str) or method not in _NEEDS:
         return False
     absent = any(importlib.util.find_spec(package) is None for package in _NEEDS[method])
     return policy == "always" or absent or method == _OLD_AUTO_ROUND or _has_zero_points(config)
@@ -75,7 +75,8 @@ def serves(config: Mapping[str, Any], chosen: Any) -> bool:
 def _has_zero_points(config: Mapping[str, Any]) -> bool:
     """Whether a compressed-tensors config has asymmetric weights in integers, which transformers fails to unpack."""
     groups = config.get("config_groups")
-    weights = [group.get("weights") for group in groups.values()] if isinstance(groups, dict) else []
+    known = groups.values() if isinstance(groups, dict) else ()
+    weights = [group.get("weights") for group in known if isinstance(group, dict)]
     return any(isinstance(values, dict) and values.get("symmetric") is False for values in weights)
 
 

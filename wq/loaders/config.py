@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 from wq.formats import patterns
@@ -17,19 +18,35 @@ def excluded(said: Mapping[str, Any], name: str) -> bool:
     """Whether a `quantization_config` says that the module `name`, on disk or in a loader, stays dense."""
     method = said.get("quant_method")
     if method == "compressed-tensors":
-        return any(matches(name, entry) for entry in texts(said.get("ignore"))) or not _targeted(said, name)
+        return _among(name, tuple(texts(said.get("ignore")))) or not _targeted(said, name)
     if method == "awq":
         return any(entry in name for entry in texts(said.get("modules_to_not_convert"))) or _is_head(said, name)
     dynamic = said.get("dynamic")
     rules = [rule for rule in dynamic if rule.startswith("-:")] if isinstance(dynamic, Mapping) else []
-    return any(patterns.matches(rule.removeprefix("-:"), name) for rule in rules) or _is_head(said, name)
+    return _among(name, tuple(f"re:{rule.removeprefix('-:')}" for rule in rules)) or _is_head(said, name)
+
+
+def _among(name: str, entries: tuple[str, ...]) -> bool:
+    """Whether one of the entries means a module: of thousands of names, one is found at once."""
+    names, others = _sorted(entries)
+    return name in names or any(patterns.matches(pattern, name) for pattern in others)
+
+
+@lru_cache(maxsize=16)
+def _sorted(entries: tuple[str, ...]) -> tuple[frozenset[str], tuple[str, ...]]:
+    """The names among entries of `ignore`, and the patterns."""
+    given = [entry.removeprefix("re:") for entry in entries if entry.startswith("re:")]
+    known = {pattern: patterns.exact(pattern) for pattern in given}
+    plain = {entry for entry in entries if not entry.startswith("re:")}
+    names = plain | {name for name in known.values() if name is not None}
+    return frozenset(names), tuple(pattern for pattern in given if known[pattern] is None)
 
 
 def names_head(said: Mapping[str, Any], name: str) -> bool:
     """Whether a config says that the head is packed: to vLLM and SGLang it is no `Linear`, and must be named."""
     if said.get("quant_method") != "compressed-tensors":
         return said.get("lm_head") is True
-    return any(matches(name, target) for target in _targets(said))
+    return _among(name, tuple(_targets(said)))
 
 
 def width(said: Mapping[str, Any], name: str, parts: tuple[str, ...], class_first: bool) -> int | None:
@@ -88,7 +105,8 @@ def _targets(said: Mapping[str, Any]) -> list[str]:
 
 def _targeted(said: Mapping[str, Any], name: str) -> bool:
     """Whether a group of compressed-tensors' config means this linear layer, by class or by name."""
-    return any(target == "Linear" or matches(name, target) for target in _targets(said))
+    targets = _targets(said)
+    return "Linear" in targets or _among(name, tuple(targets))
 
 
 def _is_head(said: Mapping[str, Any], name: str) -> bool:

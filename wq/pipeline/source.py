@@ -6,7 +6,6 @@ transformers knows how, so its own renaming and loading is used, one block's ten
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import tempfile
@@ -24,9 +23,10 @@ from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig, str_to_torch_dtype
 from transformers.utils import logging as transformers_logging
 
-from wq.checkpoint import Entry, read_headers, read_tensor
+from wq.checkpoint import Entry, finite, read_headers, read_tensor
 from wq.errors import CheckpointError, ModelError, first_line
-from wq.structure.names import map_names
+from wq.structure.limits import check_folder, few_modules
+from wq.structure.names import check_plain, map_names
 from wq.structure.towers import Tower, model_class
 
 # What is wanted, by name: pickles are never fetched, and code only with trust_remote_code.
@@ -55,12 +55,13 @@ class Source:
         self.repo = None if Path(name).expanduser().exists() else name
         self._remote_code = trust_remote_code
         self.entries: dict[str, Entry] = read_headers(folder) if entries is None else entries
-        self.config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        self.config = _config(folder, name, trust_remote_code)
         quantized = getattr(self.config, "quantization_config", None)
         if quantized is not None:
             method = quantized.get("quant_method") if isinstance(quantized, dict) else type(quantized).__name__
             raise ModelError(f"{name} is already quantized ({method}). Give the dense model it was made from.")
-        self.model = _build(self.config, name, trust_remote_code)
+        with few_modules(len(self.entries)):
+            self.model = _build(self.config, name, trust_remote_code)
         self.tensors = self._map_tensors()
 
     def close(self) -> None:
@@ -97,6 +98,7 @@ class Source:
                 f"{self.name}: {len(absent)} tensors of the model are not in its files: {', '.join(absent[:3])}"
                 f"{', ...' if len(absent) > 3 else ''}. The checkpoint is not complete, or is not of this architecture."
             )
+        check_plain(self.model, mapped, self.entries)
         return mapped
 
     def on_disk(self, parameter: str) -> str | None:
@@ -142,8 +144,11 @@ class Source:
             dtype_plan=self.model._get_dtype_plan(dtype),
             weight_mapping=get_model_conversion_mapping(self.model),  # type: ignore[arg-type]
         )
-        lazy = {name: _OnDisk(self.entries[name]) for name in wanted}
+        lazy = {name: _OnDisk(name, self.entries[name]) for name in wanted}
         info, _ = convert_and_load_state_dict_in_model(self.model, lazy, loading, None)
+        damaged = next((tensor.damage for tensor in lazy.values() if tensor.damage), None)
+        if damaged is not None:
+            raise damaged
         problems = [*info.mismatched_keys, *info.conversion_errors, *info.unexpected_keys]
         if problems:
             raise CheckpointError(f"{self.name}: could not load {problems[0]} ({len(problems)} such tensors).")
@@ -189,13 +194,21 @@ class Source:
 
 
 class _OnDisk:
-    """A tensor that transformers' loader reads with `[...]`, into memory of its own: no mapping outlives its block."""
+    """A tensor that transformers' loader reads with `[...]`, into memory of its own: no mapping outlives its block.
 
-    def __init__(self, entry: Entry):
-        self._entry = entry
+    damage: why it could not be read. The loader reads in threads and keeps exceptions to itself.
+    """
+
+    def __init__(self, name: str, entry: Entry):
+        self._name, self._entry = name, entry
+        self.damage: CheckpointError | None = None
 
     def __getitem__(self, index: object) -> Tensor:
-        return read_tensor(self._entry)
+        try:
+            return finite(self._name, read_tensor(self._entry))
+        except CheckpointError as error:
+            self.damage = error
+            raise
 
 
 def open_source(model: str | os.PathLike[str], revision: str | None = None, trust_remote_code: bool = False) -> Source:
@@ -264,14 +277,11 @@ def _resolve(name: str, revision: str | None, trust_remote_code: bool, cleanup: 
         folder = _download(name, revision, trust_remote_code)
     if not (folder / "config.json").is_file():
         raise ModelError(f"{name} is no model: it has no config.json.")
-    try:
-        json.loads((folder / "config.json").read_text())
-    except ValueError as error:
-        raise ModelError(f"{name}: config.json is not JSON ({error}).") from error
     if not any(folder.glob("*.safetensors")):
         others = sorted(file.name for file in folder.glob("*.bin"))
         hint = f"It has {others[0]}: convert that to safetensors first." if others else "Nothing to read weights from."
         raise ModelError(f"{name} has no *.safetensors file. {hint}")
+    check_folder(folder)
     return folder
 
 
@@ -309,6 +319,13 @@ def unpack_gguf(file: Path, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
+def _config(folder: Path, name: str, trust_remote_code: bool) -> Any:
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:  # its classes check little of what a config says
+        raise ModelError(f"{name} is no model that transformers can load ({first_line(error)}).") from error
+
+
 def _build(config: Any, name: str, trust_remote_code: bool) -> PreTrainedModel:
     """The model's structure, parameters on meta, with the buffers that no checkpoint holds computed."""
     try:
@@ -318,7 +335,9 @@ def _build(config: Any, name: str, trust_remote_code: bool) -> PreTrainedModel:
                 model = found.from_config(config, trust_remote_code=trust_remote_code)
             else:
                 model = found._from_config(config)
-    except ValueError as error:
+    except CheckpointError:
+        raise
+    except Exception as error:  # whatever a config of any origin makes transformers raise
         raise ModelError(
             f"{name}: transformers has no language model for {type(config).__name__} ({first_line(error)})."
         ) from error

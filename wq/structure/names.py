@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.utils.loading_report import LoadStateDictInfo
+
+from wq.checkpoint import Entry
+from wq.errors import CheckpointError
 
 
 def map_names(model: PreTrainedModel, names: Iterable[str]) -> tuple[dict[str, tuple[str, bool]], list[str], list[str]]:
@@ -39,3 +42,29 @@ def map_names(model: PreTrainedModel, names: Iterable[str]) -> tuple[dict[str, t
     )
     model._adjust_missing_and_unexpected_keys(info)  # what the architecture itself says may be absent or extra
     return mapped, sorted(info.missing_keys - set(model.all_tied_weights_keys)), sorted(info.unexpected_keys)
+
+
+def misfits(
+    model: PreTrainedModel, mapped: Mapping[str, tuple[str, bool]], entries: Mapping[str, Entry]
+) -> dict[str, str]:
+    """What is wrong with tensors that are parameters or buffers, only renamed: `{name on disk: sentence}`.
+
+    A wrong shape, and whole numbers where there should be fractions: transformers would cast those.
+    """
+    known = model.state_dict()
+    found = {}
+    for name, (target, plain) in mapped.items():
+        if not plain or target not in known or name not in entries:
+            continue
+        entry, tensor = entries[name], known[target]
+        if entry.shape != tuple(tensor.shape):
+            found[name] = f"is {list(entry.shape)}; config.json makes it {list(tensor.shape)}"
+        elif tensor.is_floating_point() and not entry.dtype.is_floating_point:
+            found[name] = f"is {entry.dtype}; the model has {tensor.dtype} there"
+    return found
+
+
+def check_plain(model: PreTrainedModel, mapped: Mapping[str, tuple[str, bool]], entries: Mapping[str, Entry]) -> None:
+    """Raise CheckpointError for the first of `misfits`."""
+    for name, what in misfits(model, mapped, entries).items():
+        raise CheckpointError(f"{name} {what}. The files do not fit the config; download both again.")

@@ -79,8 +79,9 @@ def model_class(config: PreTrainedConfig) -> Any:
     A config class that is not transformers' own came with the repo, and its model does too.
     """
     own = type(config).__module__.startswith("transformers.")
-    for name in (config.architectures or ()) if own else ():
-        found = getattr(transformers, name, None)
+    names = config.architectures if own and isinstance(config.architectures, (list, tuple)) else ()
+    for name in names:
+        found = getattr(transformers, name, None) if isinstance(name, str) else None
         if isinstance(found, type) and issubclass(found, PreTrainedModel) and found.can_generate():
             return found
     return AutoModelForCausalLM

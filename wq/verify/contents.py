@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,8 +19,6 @@ from wq.loaders import METHODS
 from wq.loaders.config import excluded
 from wq.scheme import PER_CHANNEL
 from wq.verify.found import Found
-
-_DEPTH = re.compile(r"^(?!max_window_).*(layers?|depth)$")  # keys that say how many modules to make
 
 
 @dataclass
@@ -67,34 +64,29 @@ def _architecture(folder: Path, config: Mapping[str, Any], count: int, found: Fo
     if "auto_map" in config:
         found.warn("config.json", "names modeling code of its own, which is not run: tensors are not matched with it")
         return None
-    deep = [(key, value) for part in (config, *_parts(config)) for key, value in part.items() if _DEPTH.search(key)]
-    for key, value in deep:
-        if type(value) is int and value > count:
-            found.problem("config.json", f"{key} is more than the files have tensors", f"{value}, {count} tensors")
-            return None
     from wq.hf.loading import read_config
+    from wq.structure.limits import check_depth, few_modules
     from wq.structure.towers import model_class
 
     try:
+        check_depth(config, count)
         described = read_config(str(folder), None)
         described.__dict__.pop("quantization_config", None)
         kind = model_class(described)
-        with torch.device("meta"):
+        with torch.device("meta"), few_modules(count):
             model = getattr(kind, "_from_config", None) or kind.from_config
             return model(described)
+    except CheckpointError as error:
+        found.problem("config.json", str(error))
     except Exception as error:  # whatever a config of any origin makes transformers raise
         found.problem("config.json", "describes no model that transformers can build", first_line(error))
-        return None
-
-
-def _parts(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    return [value for value in config.values() if isinstance(value, dict)]
+    return None
 
 
 def _matched(model: Any, said: Mapping[str, Any], entries: Mapping[str, Entry], found: Found) -> Contents:
     """Names, shapes and packed layers, as `wq.hf.inspection` matches them, but all problems and not the first."""
     from wq.hf import experts
-    from wq.structure.names import map_names
+    from wq.structure.names import map_names, misfits
 
     direct, rest = experts.split_names(model, entries)
     packed, others = quantized.split(rest)
@@ -111,11 +103,8 @@ def _matched(model: Any, said: Mapping[str, Any], entries: Mapping[str, Entry], 
         dense=_matrices(others) - _embeddings(model, mapped),
         dense_whole={name for name, entry in others.items() if len(entry.shape) == 3 and ".experts." in f".{name}."},
     )
-    known = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    for name, entry in others.items():
-        target, plain = mapped[name]
-        if plain and target in known and known[target] != entry.shape:
-            found.problem(name, f"is {list(entry.shape)}; config.json makes it {list(known[target])}")
+    for name, what in misfits(model, mapped, others).items():
+        found.problem(name, what)
     parts: dict[str, dict[str, Stored]] = {}
     for name, leaves in packed.items():
         if f"{name}.weight" not in unexpected:

@@ -9,19 +9,25 @@ from pathlib import Path
 from typing import Any
 
 from wq import manifest
-from wq.checkpoint import INDEX, SINGLE, Entry, read_header
+from wq.checkpoint import INDEX, MAX_JSON_BYTES, SINGLE, Entry, is_plain, read_header, unique
 from wq.errors import WqError, first_line
-from wq.formats.patterns import refuse_pattern
+from wq.formats.patterns import exact, refuse_pattern
+from wq.structure.limits import check_depth
 from wq.verify.found import Found
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
-_MAX_JSON_BYTES = 100_000_000
+_MOST_PATTERNS = 1000
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 
 
 def read_config(folder: Path, found: Found) -> dict[str, Any]:
     """config.json, or as much of it as there is."""
     config = _json(folder / "config.json", found)
+    try:
+        check_depth(config)
+    except WqError as error:
+        found.problem("config.json", str(error))
+        return {}
     said = config.get("quantization_config")
     if isinstance(said, dict):
         _method(said, found)
@@ -39,11 +45,11 @@ def _json(file: Path, found: Found) -> dict[str, Any]:
     """The object in a file; empty, and why, where there is none."""
     if not file.is_file():
         found.problem(file.name, "is missing")
-    elif file.stat().st_size > _MAX_JSON_BYTES:
+    elif file.stat().st_size > MAX_JSON_BYTES:
         found.problem(file.name, "is larger than any such file", f"{file.stat().st_size} bytes")
     else:
         try:
-            value = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=_once)
+            value = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=unique)
         except (ValueError, RecursionError) as error:
             found.problem(file.name, "is not JSON that every reader understands alike", first_line(error))
             return {}
@@ -63,48 +69,48 @@ def _method(said: dict[str, Any], found: Found) -> None:
         found.problem("config.json", f"is {method} in a layout that wq does not read", repr(layout), "Convert it.")
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object whose keys are there once: readers differ about which of two they believe."""
-    values = dict(pairs)
-    if len(values) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} is there twice")
-    return values
-
-
 def harmless(said: dict[str, Any], found: Found) -> dict[str, Any]:
-    """The config without regular expressions that could run for ever; each is a problem."""
-
-    def kept(patterns: Any, where: str) -> Any:
-        if not isinstance(patterns, list):
-            return patterns
-        good = []
-        for pattern in patterns:
-            refusal = "is no text" if not isinstance(pattern, str) else ""
-            if isinstance(pattern, str) and pattern.startswith("re:"):
-                refusal = refuse_pattern(pattern.removeprefix("re:"))
-            if refusal:
-                found.problem(where, refusal, str(pattern)[:200], "Name the layers instead.")
-            else:
-                good.append(pattern)
-        return good
-
+    """The config without what is no list of names, and without regular expressions that could run for ever; each is a
+    problem."""
     said = dict(said)
     for key in ("ignore", "modules_to_not_convert"):
-        if key in said:
-            said[key] = kept(said[key], f"config.json, {key}")
+        if said.get(key) is not None:
+            said[key] = _kept(said[key], f"config.json, {key}", found)
     groups = said.get("config_groups")
     if isinstance(groups, dict):
         said["config_groups"] = {
-            name: group | {"targets": kept(group.get("targets"), f"config.json, {name}")}
+            name: group | {"targets": _kept(group.get("targets"), f"config.json, {name}", found)}
             for name, group in groups.items()
             if isinstance(group, dict)
         }
     dynamic = said.get("dynamic")
     if isinstance(dynamic, dict):
-        for rule in dynamic:
-            kept([f"re:{re.sub(r'^[-+]:', '', rule)}"], "config.json, dynamic")
+        rules = {rule: f"re:{re.sub(r'^[-+]:', '', rule)}" for rule in dynamic}
+        good = set(_kept(list(rules.values()), "config.json, dynamic", found))
+        said["dynamic"] = {rule: dynamic[rule] for rule, pattern in rules.items() if pattern in good}
     return said
+
+
+def _kept(entries: Any, where: str, found: Found) -> list[str]:
+    """The entries of a list that can be used. Many patterns, each of them quick, take long together."""
+    if not isinstance(entries, list):
+        found.problem(where, "is no list of names", str(entries)[:200])
+        return []
+    good: list[str] = []
+    patterns = 0
+    for entry in entries:
+        refusal = "" if isinstance(entry, str) else "is no text"
+        if isinstance(entry, str) and entry.startswith("re:"):
+            patterns += exact(entry.removeprefix("re:")) is None
+            if patterns > _MOST_PATTERNS:
+                found.problem(where, "has more patterns than wq tries", f"over {_MOST_PATTERNS}", "Name the layers.")
+                break
+            refusal = refuse_pattern(entry.removeprefix("re:"))
+        if refusal:
+            found.problem(where, refusal, str(entry)[:200], "Name the layers instead.")
+        else:
+            good.append(entry)
+    return good
 
 
 def read_tensors(folder: Path, found: Found) -> dict[str, Entry]:
@@ -148,8 +154,9 @@ def _weight_map(index: dict[str, Any], found: Found) -> dict[str, str]:
         return {}
     good: dict[str, str] = {}
     for name, shard in weight_map.items():
-        if not isinstance(shard, str) or shard in ("", ".", "..") or Path(shard).name != shard or "\0" in shard:
-            found.problem(name, f"{INDEX} looks for it outside of the folder", repr(shard), "Do not load this folder.")
+        if not is_plain(shard):
+            told = repr(shard)[:200]
+            found.problem(name, f"{INDEX} looks for it outside of the folder", told, "Do not load this folder.")
         else:
             good[name] = shard
     return good
@@ -181,14 +188,9 @@ def _shard(file: Path, found: Found) -> dict[str, Entry]:
     size = file.stat().st_size
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
-        header = stream.read(length)
     claimed = 8 + length + sum(entry.bytes for entry in entries.values())
     if claimed != size:
         found.problem(file.name, "has bytes that belong to no tensor", f"{size} bytes, {claimed} accounted for")
-    try:
-        json.loads(header, object_pairs_hook=_once)
-    except ValueError as error:
-        found.problem(file.name, "has a header that readers understand differently", first_line(error))
     return entries
 
 
@@ -232,5 +234,14 @@ def check_companions(folder: Path, found: Found) -> None:
     for file in sorted(folder.iterdir()):
         if file.suffix in _PICKLES:
             found.warn(file.name, "may be a pickle, which runs code when it is loaded", hint="Delete it.")
-        if file.is_symlink() and not any(file.resolve().is_relative_to(place) for place in inside):
-            found.warn(file.name, "is a link that leads out of the folder", str(file.readlink()))
+        if file.is_symlink() and not any(_leads_to(file).is_relative_to(place) for place in inside):
+            decides = file.name == "config.json" or file.suffix == ".safetensors"
+            what = "is a link that leads out of the folder"
+            (found.problem if decides else found.warn)(file.name, what, str(file.readlink()), "Copy what it leads to.")
+
+
+def _leads_to(link: Path) -> Path:
+    try:
+        return link.resolve()
+    except (OSError, RuntimeError):  # to itself: inside, and no file
+        return link.parent.resolve() / link.name
