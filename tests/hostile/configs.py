@@ -98,6 +98,8 @@ def _values() -> Iterator[Case]:
     for format, paths in KEYS.items():
         for path in paths:
             for said, value in VALUES.items():
+                if path == ("checkpoint_format",) and value is None:
+                    continue  # no format is version 1, which has the same tensors with another meaning
                 yield Case(f"{format}: {path[-1]} is {said}", format, _put(("quantization_config", *path), value))
 
 

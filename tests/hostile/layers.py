@@ -14,18 +14,8 @@ from torch import Tensor
 Tensors = dict[str, Tensor]
 Change = Callable[[Tensors, str], object]
 FORMATS = ("compressed-tensors", "gptq", "awq")
-LAYERS = [
-    f"model.layers.{block}.{name}"
-    for block, name in [
-        (0, "self_attn.q_proj"),
-        (0, "self_attn.k_proj"),
-        (0, "mlp.gate_proj"),
-        (1, "self_attn.v_proj"),
-        (1, "self_attn.o_proj"),
-        (1, "mlp.up_proj"),
-        (1, "mlp.down_proj"),
-    ]
-]
+_NAMES = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
+LAYERS = [f"model.layers.0.{name}" for name in (*_NAMES, "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")]
 
 CODES, SCALES, ZEROS = "codes", "scales", "zero points"
 LEAVES = {

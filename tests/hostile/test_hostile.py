@@ -203,8 +203,8 @@ def test_code_that_a_config_asks_for_is_not_run(made: dict[str, Path], tmp_path:
         lambda c: c.update(auto_map={"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}, model_type="x",
                            trust_remote_code=True),
     )  # fmt: skip
-    mutations.write(custom | {"evil.py": code, "tokenizer_config.json": b'{"auto_map": {"AutoTokenizer": ["evil.T", null]}}'},
-                    tmp_path / "folder")  # fmt: skip
+    tokenizer = b'{"auto_map": {"AutoTokenizer": ["evil.T", null]}}'
+    mutations.write(custom | {"evil.py": code, "tokenizer_config.json": tokenizer}, tmp_path / "folder")
     assert through_load(tmp_path / "folder").kind == "refused"
     assert through_source(tmp_path / "folder").kind == "refused"
     through_verify(tmp_path / "folder")

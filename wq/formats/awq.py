@@ -114,7 +114,8 @@ def inspect(
 
 def version(config: Mapping[str, Any] | None) -> str:
     """The layout that a config names, in lower case; gemm unless it says otherwise."""
-    return str(stored.declared(config, "version") or stored.declared(config, "format") or "gemm").lower()
+    layout = stored.first_declared(config, "version", "format")
+    return "gemm" if layout is None else str(layout)[:100].lower()
 
 
 def _inspect_gemv(

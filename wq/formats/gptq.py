@@ -151,12 +151,12 @@ def _version(config: Mapping[str, Any] | None, name: str) -> str:
 
     Raises CheckpointError for a layout that is neither.
     """
-    layout = stored.declared(config, "packing_format") or stored.declared(config, "checkpoint_format")
+    layout = stored.first_declared(config, "packing_format", "checkpoint_format")
     if layout is None and "auto-round" in str(stored.declared(config, "quant_method")):
         # Without a name, as AutoRound chooses: version 1 wherever it can hold the zero points.
-        layout = stored.declared(config, "backend")
+        layout = stored.first_declared(config, "backend")
         layout = layout or ("auto_round" if stored.declared(config, "sym") is False else "auto_round:auto_gptq")
-    match tuple(part for part in str(layout or "gptq").split(":") if part not in _KERNELS):
+    match tuple(part for part in str("gptq" if layout is None else layout).split(":") if part not in _KERNELS):
         case ("gptq",) | ("auto_gptq",) | ("auto_round", "gptq") | ("auto_round", "auto_gptq"):
             return "1"
         case ("gptq_v2",) | ("auto_round",) | ("auto_round", "gptqmodel"):

@@ -174,3 +174,9 @@ def _in_order(in_features: int, groups: int, ragged: int) -> Tensor:
 def declared(config: Mapping[str, Any] | None, name: str) -> Any:
     """`name` in a config that may be anything."""
     return config.get(name) if isinstance(config, Mapping) else None
+
+
+def first_declared(config: Mapping[str, Any] | None, *names: str) -> Any:
+    """The first of these that a config says; a zero or an empty list is something said."""
+    values = (declared(config, name) for name in names)
+    return next((value for value in values if value is not None), None)

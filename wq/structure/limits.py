@@ -64,9 +64,9 @@ def check_depth(config: Mapping[str, Any], tensors: float = inf) -> None:
             )
         for key, value in part.items() if isinstance(part, Mapping) else ():
             if type(value) is int and value > tensors and _DEPTH.search(key):
+                told = f"{str(value)[:30]}, {tensors} tensors"
                 raise CheckpointError(
-                    f"config.json: {key[:200]} is more than the files have tensors ({value:.4g}, {tensors} tensors). "
-                    "Download it again."
+                    f"config.json: {key[:200]} is more than the files have tensors ({told}). Download it again."
                 )
         values = part.values() if isinstance(part, Mapping) else part
         parts += [value for value in values if isinstance(value, (dict, list))]
