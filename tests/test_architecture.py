@@ -273,6 +273,13 @@ def test_remote_code_runs_only_for_a_caller_who_says_so(name: str) -> None:
             assert handed_on, f"{name}:{node.lineno} sets trust_remote_code={ast.unparse(node.value)}"
 
 
+@each(WQ)
+def test_no_config_is_asked_whether_code_may_run(name: str) -> None:
+    """`config.get("trust_remote_code")`, say, would need the name as a text."""
+    texts = [node.value for node in ast.walk(TREES[name]) if isinstance(node, ast.Constant)]
+    assert not [text for text in texts if text in ("trust_remote_code", "trust-remote-code")]
+
+
 def _default(arguments: ast.arguments, wanted: str) -> str:
     """The default of a parameter as text, or `required` or `absent`."""
     positional = [*arguments.posonlyargs, *arguments.args]
