@@ -15,6 +15,7 @@ import multiprocessing
 import os
 import platform
 import resource
+import shlex
 import sys
 import tempfile
 import time
@@ -88,6 +89,7 @@ class Worker:
         import mutations
         import tiny_models
         import torch
+        from bases import FORMATS
 
         torch.set_num_threads(1)
         self.place = place / "folder"
@@ -96,8 +98,8 @@ class Worker:
         self.whole = bases.files(self.made)
         if large:  # 80 MB and 25 MB, so that what a process needs anyway does not hide what a file makes it take
             sizes = {"hidden_size": 512, "intermediate_size": 2048, "vocab_size": 320, "num_hidden_layers": 5}
-            big = bases.make(lambda: tiny_models.make(place / "big", "llama", **sizes), place / "large")
-            for name in (bases.DENSE, bases.FORMATS[0]):
+            big = bases.make(lambda: tiny_models.make(place / "big", "llama", **sizes), place / "large", FORMATS[:1])
+            for name in (bases.DENSE, FORMATS[0]):
                 self.made[f"large {name}"] = big[name]
                 self.whole[f"large {name}"] = mutations.read(big[name])
         self.states = {name: bases.state(name, folder) for name, folder in self.made.items()}
@@ -267,11 +269,16 @@ def main() -> None:
     parser.add_argument("--only", type=int, help="the one damaged checkpoint of this number; prints what came of it")
     parser.add_argument("--small", action="store_true", help="without the large folders that memory is measured on")
     parser.add_argument("--kinds", default="damage,config,model config,layer,large")
+    parser.add_argument(
+        "--every", type=int, default=1, help="every so-manieth case; a prime leaves out no kind of damage"
+    )
     parser.add_argument("--minutes", type=float, default=1e9, help="stop after so many; the report says how far it got")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / f"{date.today()}-hostile.json")
     options = parser.parse_args()
     watched, tally, started = Watched(not options.small and options.only is None), Tally(), time.perf_counter()
-    chosen = [case for case in cases(options.count, watched.large) if case.kind in options.kinds.split(",")]
+    chosen = [case for case in cases(options.count, watched.large) if case.kind in options.kinds.split(",")][
+        :: options.every
+    ]
     if options.only is not None:
         chosen = [case for case in cases(options.only + 1, False) if case[:2] == ("damage", options.only)]
     done = 0
@@ -283,7 +290,7 @@ def main() -> None:
         tally.add(case, told, answers)
         if options.only is not None:
             print(case, told, *answers, sep="\n")
-        elif place % 500 == 0:
+        elif place % 100 == 0:
             print(f"{place} of {len(chosen)}, {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
     watched.stop()
     if options.only is None:
@@ -297,7 +304,7 @@ def report(tally: Tally, count: int, planned: int, seconds: float) -> dict[str, 
     import transformers
 
     return {
-        "command": "python scripts/hostile.py",
+        "command": shlex.join(["python", "scripts/hostile.py", *sys.argv[1:]]),
         "date": str(date.today()),
         "versions": {
             "python": platform.python_version(),

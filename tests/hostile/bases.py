@@ -20,13 +20,13 @@ FORMATS = ("compressed-tensors", "gptq", "awq")
 DENSE = "dense"
 
 
-def make(tiny_model: Callable[[], Path], place: Path) -> dict[str, Path]:
+def make(tiny_model: Callable[[], Path], place: Path, formats: tuple[str, ...] = FORMATS) -> dict[str, Path]:
     """Folders by name; every one has a manifest."""
     made = {}
     options: dict[str, Any] = {"method": "rtn", "group_size": 32, "dtype": "float16", "symmetric": False}
     write(read(tiny_model()), place / DENSE, renewed=True)
     made[DENSE] = place / DENSE
-    for format in FORMATS:
+    for format in formats:
         quantize(made[DENSE], place / format, format=format, **options)
         manifest.write(place / format)
         made[format] = place / format

@@ -187,9 +187,8 @@ def test_a_dense_weight_that_is_not_finite_is_not_rounded_on_load(made: dict[str
     name = "model.layers.0.mlp.down_proj.weight"
     tensors[name][1, 1] = float("nan")
     save_file(tensors, tmp_path / "folder" / SINGLE, {"format": "pt"})
-    with pytest.raises(Exception, match="not finite") as refusal:
+    with pytest.raises(CheckpointError, match=f"{name} holds 1 values that are not finite"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "folder", quantization_config=WqConfig(group_size=32))
-    assert name in str(refusal.value)
 
 
 def test_code_that_a_config_asks_for_is_not_run(made: dict[str, Path], tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from wq import formats
 from wq.checkpoint import finite
+from wq.errors import CheckpointError
 from wq.formats import compressed_tensors
 from wq.formats.stored import Packed, Stored
 from wq.hf import experts
@@ -76,7 +77,11 @@ class Quantize(_Operation):
     ) -> dict[str, Tensor]:
         (weight,) = single(input_dict).values()
         missing_keys.discard(full_layer_name)
-        finite(full_layer_name, weight)
+        try:
+            finite(full_layer_name, weight)
+        except CheckpointError as error:  # raised when all are loaded: transformers swallows what is raised here
+            self.hf_quantizer.damage = self.hf_quantizer.damage or error
+            weight = torch.nan_to_num(weight)
         if full_layer_name in self.hf_quantizer.fused:
             return self._experts(weight, full_layer_name, model)
         path = full_layer_name.removesuffix(".weight")

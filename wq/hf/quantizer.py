@@ -51,6 +51,7 @@ class WqQuantizer(HfQuantizer):
         self.stored: dict[str, Stored] = {}  # already quantized: how each module is stored
         self.experts: dict[str, experts.Fused] = {}  # and each parameter of experts
         self.mapped = Mapped(())
+        self.damage: CheckpointError | None = None  # what a dense weight has that cannot be rounded
 
     # --- before the weights ---
 
@@ -178,6 +179,8 @@ class WqQuantizer(HfQuantizer):
     # --- after ---
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        if self.damage is not None:
+            raise self.damage
         if self.pre_quantized and self.quantization_config.dequantize:
             model._weight_conversions = None  # type: ignore[assignment]  # they read packed names
             return model

@@ -12,6 +12,8 @@ from transformers.utils.loading_report import LoadStateDictInfo
 from wq.checkpoint import Entry
 from wq.errors import CheckpointError
 
+_MORE, _PIECES = 1000, 10  # names on disk for a parameter, at most; of experts, for each of them
+
 
 def map_names(model: PreTrainedModel, names: Iterable[str]) -> tuple[dict[str, tuple[str, bool]], list[str], list[str]]:
     """How tensors on disk become parameters: `(mapped, absent, unexpected)`.
@@ -19,11 +21,20 @@ def map_names(model: PreTrainedModel, names: Iterable[str]) -> tuple[dict[str, t
     mapped: for each name on disk, the parameter it goes to and whether it is that parameter, only renamed (not merged
     or split on the way). absent: parameters and persistent buffers that nothing on disk goes to, shared ones aside.
     unexpected: names on disk that go nowhere and that the architecture does not ignore.
+
+    Raises CheckpointError for many more names than can go anywhere: each is compared with all renamings.
     """
+    names = list(names)
     conversions = get_model_conversion_mapping(model)
     renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
     converters = [c for c in conversions if isinstance(c, WeightConverter)]
     known = model.state_dict()
+    most = _MORE + sum(_PIECES * (t.shape[0] if "experts" in name and t.ndim > 1 else 1) for name, t in known.items())
+    if len(names) > most:
+        raise CheckpointError(
+            f"the files have tensors of {len(names)} names; {type(model).__name__}, as config.json describes it, takes "
+            f"{most} at most. Download the checkpoint again."
+        )
     mapped: dict[str, tuple[str, bool]] = {}
     for name in names:
         renamed, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, known)

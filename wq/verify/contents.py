@@ -42,7 +42,9 @@ def match(
     """Every tensor against the architecture; without one, packed layers against themselves."""
     model = _architecture(folder, config, len(entries), found) if entries and config else None
     if model is not None:
-        contents = _matched(model, said, entries, found)
+        contents = Contents()
+        with found.guard(str(folder)):
+            contents = _matched(model, said, entries, found)
     else:
         packed, others = quantized.split(entries)
         contents = Contents(dense=_matrices(others))
