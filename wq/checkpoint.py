@@ -186,8 +186,8 @@ def _shard_list(index: Path) -> list[str]:
 
 def is_plain(name: Any) -> bool:
     """Whether this is the name of a file in a folder, and leads nowhere else."""
-    plain = isinstance(name, str) and name not in ("", ".", "..") and len(name) < 256 and name.isprintable()
-    return plain and Path(name).name == name and "\\" not in name
+    plain = isinstance(name, str) and name not in ("", ".", "..") and name.isprintable() and "\\" not in name
+    return plain and len(name.encode()) < 256 and Path(name).name == name
 
 
 def read_tensor(entry: Entry) -> Tensor:

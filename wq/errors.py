@@ -8,6 +8,9 @@ a user who gave bad input; the command line turns one into a single line and exi
 class WqError(Exception):
     """Base of every error that wq raises on purpose."""
 
+    def __str__(self) -> str:
+        return plain(super().__str__())
+
 
 class SchemeError(WqError, ValueError):
     """A number of bits, group size or dtype that no scheme has."""
@@ -51,6 +54,11 @@ class CheckpointError(WqError):
 
 class HubError(WqError):
     """An upload that the Hub refused or could not be reached for."""
+
+
+def plain(text: str) -> str:
+    """Without what a terminal would obey: a message may quote the name of a tensor, and that may be anything."""
+    return text if text.isprintable() else "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
 
 
 def first_line(error: BaseException) -> str:

@@ -5,6 +5,7 @@ A few hundred of each kind, from numbers; `scripts/hostile.py` tries ten thousan
 
 from __future__ import annotations
 
+import json
 import traceback
 from collections import Counter
 from collections.abc import Callable
@@ -208,3 +209,16 @@ def test_code_that_a_config_asks_for_is_not_run(made: dict[str, Path], tmp_path:
     assert through_source(tmp_path / "folder").kind == "refused"
     through_verify(tmp_path / "folder")
     assert not marker.exists()
+
+
+def test_what_is_told_of_a_folder_does_nothing_to_a_terminal(made: dict[str, Path], tmp_path: Path) -> None:
+    name = "\x1b]0;evil\x07\x1b[31m" + "x" * 5000
+    files = mutations.read(made["gptq"])
+    head, body = mutations.split(files[SINGLE])  # type: ignore[arg-type]
+    values = json.loads(head)
+    values[name] = values.pop("model.norm.weight")
+    mutations.write(files | {SINGLE: mutations.join(json.dumps(values).encode(), body)}, tmp_path / "folder")
+    for outcome in (through_verify(tmp_path / "folder"), through_load(tmp_path / "folder")):
+        assert outcome.kind in ("found", "refused")
+        assert "evil" in outcome.said or "model.norm.weight" in outcome.said
+        assert outcome.said.isprintable()

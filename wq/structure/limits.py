@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from wq.checkpoint import INDEX, SINGLE, Entry, read_headers, read_json
-from wq.errors import CheckpointError, ModelError
+from wq.errors import CheckpointError, ModelError, first_line
 
 _DEPTH = re.compile(r"^(?!max_window_).*(layers?|depth)$")  # keys that say how many modules to make
 _MOST_ENTRIES = 100_000  # of one list or object of a config; one that names every expert there is has 45,000
@@ -28,11 +28,17 @@ _MODULES = (2000, 20)  # at most so many, and so many more for each tensor; tran
 def check_folder(folder: Path) -> dict[str, Entry]:
     """The tensors of a folder; none, where it has no safetensors.
 
-    Raises CheckpointError or ModelError for a folder that transformers should not be shown.
-
+    Raises CheckpointError or ModelError for a folder that transformers should not be shown, or cannot be read at all.
     config.json must be a plain JSON object, headers must fit their files, the index must stay in the folder, and the
     config must not describe more layers than there are tensors.
     """
+    try:
+        return _checked(folder)
+    except OSError as error:
+        raise ModelError(f"{folder} cannot be read: {first_line(error)}.") from error
+
+
+def _checked(folder: Path) -> dict[str, Entry]:
     if not (folder / "config.json").exists():
         raise ModelError(f"{folder} is no model: it has no config.json.")
     config = read_json(folder / "config.json")

@@ -6,9 +6,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from wq.errors import WqError
+from wq.errors import WqError, plain
 
 AGAIN = "Download it again, or make it again."
+
+_LONGEST = 1000  # characters
 
 
 @dataclass
@@ -19,10 +21,10 @@ class Found:
     warnings: list[dict[str, str]] = field(default_factory=list)
 
     def problem(self, where: str, problem: str, measured: str = "", hint: str = AGAIN) -> None:
-        self.problems.append({"where": where, "problem": problem, "measured": measured, "hint": hint})
+        self.problems.append(_told(where, problem, measured, hint))
 
     def warn(self, where: str, problem: str, measured: str = "", hint: str = "") -> None:
-        self.warnings.append({"where": where, "problem": problem, "measured": measured, "hint": hint})
+        self.warnings.append(_told(where, problem, measured, hint))
 
     @contextmanager
     def guard(self, where: str) -> Iterator[None]:
@@ -31,3 +33,13 @@ class Found:
             yield
         except WqError as error:
             self.problem(where, str(error))
+
+
+def _told(where: str, problem: str, measured: str, hint: str) -> dict[str, str]:
+    """Names of any origin, cut to what can be read."""
+    return {
+        "where": plain(where[:_LONGEST]),
+        "problem": plain(problem[:_LONGEST]),
+        "measured": plain(measured[:_LONGEST]),
+        "hint": hint,
+    }
