@@ -25,6 +25,8 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 MAX_SHARD_BYTES = 5 * 10**9
 
+_PIECE = 1 << 24  # bytes of a tensor that are looked at together
+
 MAX_JSON_BYTES = 100_000_000  # of a config, an index, a manifest; and of a header, where safetensors says so
 _MAX_RANK = 8
 _DTYPES = {
@@ -206,17 +208,40 @@ def read_tensor(entry: Entry) -> Tensor:
     return buffer.view(entry.dtype).reshape(entry.shape)
 
 
+def pieces(entry: Entry) -> Iterator[Tensor]:
+    """The tensor in flat pieces, none of them large."""
+    size = entry.dtype.itemsize
+    for start in range(entry.start, entry.stop, _PIECE):
+        stop = min(start + _PIECE, entry.stop)
+        yield read_tensor(Entry(entry.dtype, ((stop - start) // size,), entry.file, start, stop))
+
+
 def finite(name: str, tensor: Tensor) -> Tensor:
     """`tensor`, if all of its values are finite. Raises CheckpointError, naming it, if not."""
-    if tensor.dtype.is_floating_point:
-        values = tensor if tensor.dtype.itemsize > 1 else tensor.float()  # torch tests no 8-bit floats
-        wrong = int(values.numel() - torch.isfinite(values).sum())
-        if wrong:
-            raise CheckpointError(
-                f"{name} holds {wrong} values that are not finite, of {values.numel()}. The source is damaged; "
-                "download it again."
-            )
+    _refuse_if(_not_finite(tensor), name, tensor.numel())
     return tensor
+
+
+def check_finite(entries: Mapping[str, Entry]) -> None:
+    """Raise CheckpointError, naming it, if a tensor on disk has a value that is not finite."""
+    for name, entry in entries.items():
+        if entry.dtype.is_floating_point:
+            _refuse_if(sum(map(_not_finite, pieces(entry))), name, prod(entry.shape))
+
+
+def _not_finite(tensor: Tensor) -> int:
+    """How many values are not."""
+    if not tensor.dtype.is_floating_point:
+        return 0
+    values = tensor if tensor.dtype.itemsize > 1 else tensor.float()  # torch tests no 8-bit floats
+    return int(values.numel() - torch.isfinite(values).sum())
+
+
+def _refuse_if(wrong: int, name: str, count: int) -> None:
+    if wrong:
+        raise CheckpointError(
+            f"{name} holds {wrong} values that are not finite, of {count}. The source is damaged; download it again."
+        )
 
 
 def overwrite(entry: Entry, tensor: Tensor) -> None:
@@ -287,6 +312,10 @@ class ShardWriter:
     def written(self) -> list[str]:
         """The tensors that are in their places."""
         return sorted(self._specs.keys() - self._left)
+
+    def back_to(self, written: Iterable[str]) -> None:
+        """Take back all but what was `written` at some time; what is in the files will be written over."""
+        self._left = set(self._specs).difference(written)
 
     def _open(self, path: Path, specs: dict[str, Spec]) -> None:
         header, size = _header(specs), sum(spec.bytes for spec in specs.values())

@@ -197,6 +197,9 @@ def quantize(
     if record is not None and record["samples"] < record["wanted"]:
         short = f"! {record['source']} gave {record['samples']} windows, not {record['wanted']}"
         _err.print(short, style="yellow", markup=False)
+    if record is not None and record["left_out"]:
+        short = f"! {len(record['left_out'])} calibration windows left out, where values are not finite: "
+        _err.print(short + ", ".join(map(str, record["left_out"])), style="yellow", markup=False)
     if "reason" in made.get("distillation", {}):
         _err.print(f"! not distilled: {made['distillation']['reason']}", style="yellow", markup=False)
     _out.print(f"{output}: {report.share(made)}", markup=False, highlight=False, soft_wrap=True)

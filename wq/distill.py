@@ -77,7 +77,7 @@ def distill(
         raise CalibrationError(f"{len(tokens)} calibration windows; distillation needs at least {HELD_OUT}.")
     known = None if journal is None else journal.read(_NOTE)
     if known is not None:
-        _write(read_headers(path), known.tensors)
+        put(read_headers(path), known.tensors)
         return dict(known.value)
     started = time.perf_counter()
     teacher = _load(base, torch.device(device), False)
@@ -85,24 +85,14 @@ def distill(
     heldout = torch.arange(len(tokens)) % HELD_OUT == HELD_OUT - 1
     learn, decide = tokens[~heldout], tokens[heldout]
     before = mean_kl(teacher, pupil.model, decide)
-    steps = list(_batches(len(learn), rates))
-    optimizer = pupil.optimizer(rates)
-    peaks = [group["lr"] for group in optimizer.param_groups]
-    for step, rows in enumerate(steps):
-        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-            group["lr"] = peak * _schedule(step, len(steps))
-        loss = _accumulate(teacher, pupil.model, learn[rows])
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        if on_step is not None:
-            on_step(step + 1, len(steps), loss)
+    steps = _learn(teacher, pupil, learn, rates, on_step)
     pupil.settle()
     after = mean_kl(teacher, pupil.model, decide)
     made = {
         "windows": len(learn),
         "heldout_windows": len(decide),
         "epochs": rates.epochs,
-        "steps": len(steps),
+        "steps": steps,
         "layers": len(pupil.layers),
         "vectors": len(pupil.vectors),
         "codes": bool(rates.codes),
@@ -113,11 +103,27 @@ def distill(
     taught = pupil.tensors() if after < before else {}
     if journal is not None:
         journal.write(_NOTE, made, taught)
-    _write(pupil.entries, taught)
+    put(pupil.entries, taught)
     return made
 
 
-def _write(entries: Mapping[str, Entry], tensors: Mapping[str, Tensor]) -> None:
+def _learn(teacher: nn.Module, pupil: Pupil, windows: Tensor, rates: Rates, on_step: StepCallback | None) -> int:
+    """All steps of the optimizer; their number."""
+    steps = list(_batches(len(windows), rates))
+    optimizer = pupil.optimizer(rates)
+    peaks = [group["lr"] for group in optimizer.param_groups]
+    for step, rows in enumerate(steps):
+        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+            group["lr"] = peak * _schedule(step, len(steps))
+        loss = _accumulate(teacher, pupil.model, windows[rows])
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if on_step is not None:
+            on_step(step + 1, len(steps), loss)
+    return len(steps)
+
+
+def put(entries: Mapping[str, Entry], tensors: Mapping[str, Tensor]) -> None:
     """Put tensors in the place of those of the same name."""
     for name, tensor in tensors.items():
         overwrite(entries[name], tensor)

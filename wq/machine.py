@@ -34,6 +34,11 @@ def free_bytes(device: str | torch.device) -> int:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, on whatever device."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+
+
 def keep_memory_tight() -> None:
     """Have large freed tensors go back to the system at once, for the rest of this process.
 
@@ -47,7 +52,9 @@ def keep_memory_tight() -> None:
 
 
 def release_memory() -> None:
-    """Give back what small freed pieces hold, too."""
+    """Give back what is freed and still held: by a device's allocator, and in small pieces by the C library."""
+    if torch.accelerator.is_available():
+        torch.accelerator.memory.empty_cache()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)

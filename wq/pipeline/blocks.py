@@ -7,7 +7,7 @@ whatever else surrounds the blocks is the model's own code.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -35,31 +35,38 @@ class Captured:
     rest: for each batch what the first block returned after the hidden states (T5's later blocks are handed its
     position bias), or None if it returned these alone, without a tuple.
     keyword: the name hidden states are passed by, or None if they come first.
+    device: where blocks run, if hidden states may wait elsewhere.
     """
 
     hidden: list[Tensor]
     calls: list[list[Call]]
     rest: list[tuple[Any, ...] | None]
     keyword: str | None = None
+    device: torch.device | None = None
 
     def run(self, block: nn.Module, index: int, batch: int) -> Tensor:
         """The block's output, `[batch, tokens, hidden_size]`, for one batch of the current hidden states."""
-        call = self.calls[index][batch]
+        call, waiting = self.calls[index][batch], self.hidden[batch]
+        hidden = waiting if self.device is None else waiting.to(self.device)
         if self.keyword is None:
-            out = block(self.hidden[batch], *call.args, **call.kwargs)
+            out = block(hidden, *call.args, **call.kwargs)
         else:
-            out = block(*call.args, **{self.keyword: self.hidden[batch]}, **call.kwargs)
-        return out[0] if isinstance(out, (tuple, list)) else out
+            out = block(*call.args, **{self.keyword: hidden}, **call.kwargs)
+        made: Tensor = out[0] if isinstance(out, (tuple, list)) else out
+        return made.to(waiting.device)
 
     def returned(self, batch: int, hidden: Tensor) -> Any:
         """Hidden states as a block returns them."""
         rest = self.rest[batch]
         return hidden if rest is None else (hidden, *rest)
 
-    def advance(self, block: nn.Module, index: int, outputs: Sequence[Tensor] = ()) -> None:
-        """Replace the hidden states by the block's output, which may be known already."""
-        for batch in range(len(self.hidden)):
-            self.hidden[batch] = outputs[batch] if outputs else self.run(block, index, batch)
+    def outputs(self, block: nn.Module, index: int) -> list[Tensor]:
+        """What the block makes of all hidden states."""
+        return [self.run(block, index, batch) for batch in range(len(self.hidden))]
+
+    def advance(self, block: nn.Module, index: int) -> None:
+        """Replace the hidden states by the block's output."""
+        self.hidden = self.outputs(block, index)
 
 
 class Stop(Exception):

@@ -6,14 +6,12 @@ the checkpoint before is flushed by then; what the next one writes before its ow
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from wq import manifest
@@ -29,21 +27,23 @@ Streams = dict[str, list[Tensor]]
 @dataclass
 class Progress:
     """blocks: how many are done. layers: their records. written: tensors of the checkpoint that are in their places.
-    seconds: spent so far. streams: what goes into the next block, by name, a tensor for each batch.
+    seconds: spent so far. left_out: calibration windows that are, for what is not finite there. streams: what goes into
+    the next block, by name, a tensor for each batch.
     """
 
     blocks: int = 0
     layers: list[dict[str, Any]] = field(default_factory=list)
     written: list[str] = field(default_factory=list)
     seconds: float = 0.0
+    left_out: list[int] = field(default_factory=list)
     streams: Streams = field(default_factory=dict)
 
     def save(self, journal: Journal, job: Mapping[str, Any]) -> None:
         """Note it."""
         tensors = {f"{name}.{i}": t.cpu() for name, stream in self.streams.items() for i, t in enumerate(stream)}
-        said = {"blocks": self.blocks, "layers": self.layers, "written": self.written, "seconds": self.seconds}
+        said = {name: value for name, value in vars(self).items() if name != "streams"}
         counts = {name: len(stream) for name, stream in self.streams.items()}
-        journal.write(_NOTE, said | {"streams": counts, "job": job}, tensors)
+        journal.write(_NOTE, {**said, "streams": counts, "job": job}, tensors)
 
     @classmethod
     def load(cls, journal: Journal, job: Mapping[str, Any], where: Path) -> Progress | None:
@@ -94,13 +94,3 @@ def digests(folder: Path) -> dict[str, str]:
             blob = file.resolve().name if file.is_symlink() else ""
             found[file.name] = blob if _DIGEST.fullmatch(blob) else manifest.sha256(file)
     return found
-
-
-def fingerprint(tokens: Tensor) -> str:
-    """The sha256 of some tokens."""
-    return hashlib.sha256(tokens.contiguous().numpy().tobytes()).hexdigest()
-
-
-def on(device: torch.device, stream: list[Tensor]) -> list[Tensor]:
-    """A stream where it is computed on."""
-    return [tensor.to(device) for tensor in stream]

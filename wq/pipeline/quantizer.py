@@ -20,7 +20,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -29,26 +29,25 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 import wq
 from wq import formats, manifest, report, solvers
-from wq.checkpoint import ShardWriter, write_text
+from wq.checkpoint import ShardWriter, check_finite, write_text
 from wq.errors import CalibrationError, ModelError, OutputError
 from wq.journal import Journal
 from wq.machine import default_device, keep_memory_tight, peak_rss_bytes, release_memory
-from wq.pipeline import blocks as decoder
 from wq.pipeline import calibration as calibration_text
 from wq.pipeline import mixing, sampling
+from wq.pipeline.flow import Flow, NotFiniteError, patiently
 from wq.pipeline.plan import Block, Plan, assigned, make_plan, mix
-from wq.pipeline.progress import Progress, Streams, check_same, digests, on
+from wq.pipeline.progress import Progress, Streams, check_same, digests
 from wq.pipeline.source import Source, open_source
 from wq.pipeline.stages import Stages
 from wq.scheme import Scheme, check_quantizable
 from wq.staging import Workplace, check_output, check_space, workplace
 from wq.structure.towers import Tower
 
-_BATCH_TOKENS = 4096  # enough rows for full-speed matrix products, few enough for small activations
+_MOST_LEFT_OUT = 0.1  # of the calibration windows
 
 STEPS = ("sequence",)  # the pipeline's own: a layer learns behind those of its block that are quantized before it
 
@@ -120,8 +119,7 @@ def quantize(
             tokens, left = (None, None) if stream is None else stream.tokens.tensor_split([samples - reserve])
             if place.published:
                 return _published(place)
-            with job.writer(tokens) as writer:
-                layers = job.run(writer, tokens if solver.NEEDS_STATISTICS else None, on_block)
+            layers = job.build(tokens if solver.NEEDS_STATISTICS else None, on_block)
             config = _write_config(source, place.folder, job.plan, fmt)
             source.save_companions(place.folder)
             finished = job.mixed(config) | ({} if finish is None else finish(place.folder, left, job.journal))
@@ -239,6 +237,8 @@ class _Job:
             if room is not None:
                 self.plan, self.choice = mix(self.source, self.fmt, self.plan, note.value["bits"]), note.value["choice"]
             return stream
+        if not self.progress.blocks:
+            check_finite(self.source.entries)
         where = self.device, self.compute_dtype
         if own:
             stream = sampling.sample(self.source, samples, seqlen, self.seed, *where, on_sample)
@@ -319,8 +319,40 @@ class _Job:
             return {}
         return {"mixed": self.choice | {"loaders": mixing.verdicts(self.plan, config)}}
 
-    def run(self, writer: ShardWriter, tokens: Tensor | None, on_block: BlockCallback | None) -> list[dict[str, Any]]:
-        """Quantize every block and write everything; the records of all layers."""
+    def build(self, tokens: Tensor | None, on_block: BlockCallback | None) -> list[dict[str, Any]]:
+        """Quantize every block and write everything; the records of all layers.
+
+        Windows in which the model computes something that is not finite are left out of the whole run, which begins
+        again without them. Raises CalibrationError if they are many.
+        """
+        while True:
+            kept = tokens if tokens is None else tokens[self._kept(len(tokens))]
+            try:
+                with self.writer(kept) as writer:
+                    self.run(writer, kept, on_block)
+                return self.progress.layers
+            except NotFiniteError as found:
+                assert tokens is not None
+                left_out = [int(self._kept(len(tokens))[window]) for window in found.windows]
+                self._leave_out(left_out, len(tokens))
+
+    def _kept(self, count: int) -> Tensor:
+        """The numbers of the windows that are not left out."""
+        return torch.tensor([window for window in range(count) if window not in set(self.progress.left_out)])
+
+    def _leave_out(self, windows: list[int], count: int) -> None:
+        left_out = sorted({*self.progress.left_out, *windows})
+        if len(left_out) > _MOST_LEFT_OUT * count:
+            raise CalibrationError(
+                f"{self.source.name} computes values that are not finite in {len(left_out)} of {count} calibration "
+                f"windows: {', '.join(map(str, left_out))}. Use other text, or another --dtype if they overflow."
+            )
+        self.source.unload(self.source.model)
+        self.progress = Progress(left_out=left_out)
+        self.progress.save(self.journal, self.identity)
+
+    def run(self, writer: ShardWriter, tokens: Tensor | None, on_block: BlockCallback | None) -> None:
+        """Quantize every block from where the progress is, and write everything."""
         left = self.progress.blocks  # of those that a run before has done
         if left and on_block is not None:
             on_block({"block": left, "blocks": self._count, "layers": [], "seconds": 0.0, "resumed": True})
@@ -329,7 +361,6 @@ class _Job:
                 self._tower(writer, tower, blocks, left, tokens, on_block)
             left = max(0, left - len(blocks))
         self._write_dense(writer, "", excluding=tuple(f"{tower.blocks_path}." for tower, _ in self.plan.towers))
-        return self.progress.layers
 
     @property
     def _count(self) -> int:
@@ -347,36 +378,17 @@ class _Job:
         """Quantize the blocks of a tower from `start` on, and note the progress after each."""
         last = tower is self.plan.towers[-1][0]
         streams, self.progress.streams = self.progress.streams, {}
-        encoded = {name: on(self.device, streams.get(name, [])) for name in ("encoded", "dense encoded")}
-        inputs = [] if tokens is None else self._inputs(tower, tokens, encoded["encoded"])
-        captured = self._capture(tower, inputs) if inputs else None
-        dense = self._dense_stream(tower, captured, tokens, encoded["dense encoded"])
-        if start and captured is not None:
-            captured.hidden = on(self.device, streams["hidden"])
-            self.source.unload(blocks[0].module)
-            if dense is not None:
-                dense.hidden = on(self.device, streams["dense"])
+        flow = None
+        if tokens is not None:
+            flow = Flow(self.source, tower, tokens, self.device, self.compute_dtype, self._paired, streams)
+            if start:
+                flow.go_on(streams)
         streams.clear()
         for index, block in list(enumerate(blocks))[start:]:
-            started = time.perf_counter()
-            ended = index + 1 == len(blocks)
-            made = self._block(writer, block, index, captured, dense, last and ended)
-            streams = encoded | ({} if captured is None or (last and ended) else {"hidden": captured.hidden})
-            if dense is not None and "hidden" in streams:
-                streams["dense"] = dense.hidden
-            if ended and captured is not None:
-                streams = {} if last else self._encoded(tower, inputs, captured, dense)
-            self._note(writer, made, streams, time.perf_counter() - started, on_block)
-
-    def _encoded(
-        self, tower: Tower, inputs: list[dict[str, Any]], captured: decoder.Captured, dense: decoder.Captured | None
-    ) -> Streams:
-        """What an encoder hands to its decoder."""
-        with self._around(tower):
-            found = {"encoded": decoder.finish(tower.root, tower.blocks, inputs, captured)}
-            if dense is not None:
-                found["dense encoded"] = decoder.finish(tower.root, tower.blocks, inputs, dense)
-        return found
+            started, ended = time.perf_counter(), index + 1 == len(blocks)
+            made = self._block(writer, block, index, flow, last and ended)
+            kept: Streams = {} if flow is None or (last and ended) else flow.finish() if ended else flow.streams
+            self._note(writer, made, kept, time.perf_counter() - started, on_block)
 
     def _note(
         self,
@@ -390,7 +402,7 @@ class _Job:
         writer.sync()
         before = self.progress
         self.progress = Progress(
-            before.blocks + 1, before.layers + made, writer.written, before.seconds + seconds, streams
+            before.blocks + 1, before.layers + made, writer.written, before.seconds + seconds, before.left_out, streams
         )
         self.progress.save(self.journal, self.identity)
         self.place.keep = True
@@ -399,17 +411,35 @@ class _Job:
             on_block({"block": done, "blocks": self._count, "layers": made, "seconds": seconds})
 
     def _block(
-        self,
-        writer: ShardWriter,
-        block: Block,
-        index: int,
-        captured: decoder.Captured | None,
-        dense: decoder.Captured | None,
-        last: bool,
+        self, writer: ShardWriter, block: Block, index: int, flow: Flow | None, last: bool
     ) -> list[dict[str, Any]]:
         """Quantize one block, move the hidden states on unless it is the last, write it and free it."""
-        if index or captured is None:
-            self._load((block.path,))
+        written, changed = writer.written, set(self.changed)
+
+        def undo() -> None:
+            writer.back_to(written)
+            self.changed = set(changed)
+
+        less = self._leave_device if flow is None else flow.narrow
+        records = patiently(lambda: self._attempt(writer, block, index, flow, last), less, undo)
+        self._write_dense(writer, block.path)
+        self.source.unload(block.module)
+        release_memory()
+        return records
+
+    def _leave_device(self) -> bool:
+        """Go on, on the CPU, what needs no activations; False if it is there."""
+        before, self.device = self.device, torch.device("cpu")
+        return before.type != "cpu"
+
+    def _attempt(
+        self, writer: ShardWriter, block: Block, index: int, flow: Flow | None, last: bool
+    ) -> list[dict[str, Any]]:
+        """The part of it that takes memory, which may be tried again: nothing has moved on unless it succeeds."""
+        device = self.device if flow is None else flow.device
+        self.source.unload(block.module)  # of what an attempt before may have altered
+        self.source.load((block.path,), device, self.compute_dtype)
+        dense = None if flow is None else flow.dense
         original = None if dense is None else copy.deepcopy(block.module)
         stages = Stages(
             source=self.source,
@@ -418,73 +448,17 @@ class _Job:
             schemes=self.plan.schemes,
             writer=writer,
             block=block,
-            forward=None if captured is None else lambda batch: captured.run(block.module, index, batch),
-            windows=[] if captured is None else [len(hidden) for hidden in captured.hidden],
-            generator=torch.Generator(device=self.device).manual_seed(self.seed + self.progress.blocks),
+            forward=None if flow is None else partial(flow.quantized.run, block.module, index),
+            windows=[] if flow is None else flow.sizes,
+            generator=torch.Generator(device=device).manual_seed(self.seed + self.progress.blocks),
             dense=None if dense is None or original is None else (original, partial(dense.run, original, index)),
             without=self.without,
             changed=self.changed,
         )
         records = stages.run()
-        if captured is not None and not last:
-            captured.advance(block.module, index)
-            if dense is not None and original is not None:
-                dense.advance(original, index, stages.dense_outputs)
-        self._write_dense(writer, block.path)
-        self.source.unload(block.module)
-        release_memory()
+        if flow is not None and not last:
+            flow.advance(block.module, original, index, stages.dense_outputs)
         return records
-
-    def _load(self, prefixes: tuple[str, ...]) -> None:
-        self.source.load(prefixes, self.device, self.compute_dtype)
-
-    # --- what runs around the blocks ---
-
-    def _inputs(self, tower: Tower, tokens: Tensor, encoded: list[Tensor]) -> list[dict[str, Any]]:
-        """What the root of a tower is called with, batch by batch.
-
-        An encoder reads the first half of each window; its decoder continues with the second, shifted by one token.
-        """
-        rows = max(1, _BATCH_TOKENS // tokens.shape[1])
-        batches = [batch.to(self.device) for batch in tokens.split(rows)]
-        half = max(1, tokens.shape[1] // 2)
-        if tower.reads_encoder:
-            start = self._start_token()
-            later = [functional.pad(batch[:, half:-1], (1, 0), value=start) for batch in batches]
-            return [
-                {"input_ids": ids, "encoder_hidden_states": states, "use_cache": False}
-                for ids, states in zip(later, encoded, strict=True)
-            ]
-        if self.source.config.is_encoder_decoder:
-            return [{"input_ids": batch[:, :half]} for batch in batches]
-        return [{"input_ids": batch, "use_cache": False} for batch in batches]
-
-    def _start_token(self) -> int:
-        """What a decoder of an encoder-decoder model reads first."""
-        known = (getattr(self.source.config, f"{name}_token_id", None) for name in ("decoder_start", "bos", "pad"))
-        return next((token for token in known if isinstance(token, int)), 0)
-
-    def _capture(self, tower: Tower, inputs: list[dict[str, Any]]) -> decoder.Captured:
-        """Hidden states in front of block 0, which stays loaded."""
-        self._load((f"{tower.blocks_path}.0",))
-        with self._around(tower):
-            return decoder.capture(tower.root, tower.blocks, inputs, self.source.name)
-
-    def _dense_stream(
-        self, tower: Tower, captured: decoder.Captured | None, tokens: Tensor | None, encoded: list[Tensor]
-    ) -> decoder.Captured | None:
-        """The hidden states of the dense model, for a solver that compares; they are the same in front of block 0."""
-        if captured is None or tokens is None or not self._paired:
-            return None
-        if encoded:
-            return self._capture(tower, self._inputs(tower, tokens, encoded))
-        return replace(captured, hidden=list(captured.hidden))
-
-    @contextmanager
-    def _around(self, tower: Tower) -> Iterator[None]:
-        """With everything of a tower loaded but its blocks: embeddings, the last norm."""
-        with self.source.around(tower, self.device, self.compute_dtype):
-            yield
 
     def _write_dense(self, writer: ShardWriter, prefix: str, excluding: tuple[str, ...] = ()) -> None:
         """Write the tensors under a module that were not quantized, straight from the source unless altered."""
@@ -528,7 +502,7 @@ def _report(
         "format": format,
         "scheme": plan.scheme.to_dict(),
         "dtype": str(plan.dtype).removeprefix("torch."),
-        "calibration": None if stream is None else stream.describe(),
+        "calibration": None if stream is None else stream.describe() | {"left_out": job.progress.left_out},
         "parameters": plan.parameters,
         "quantized_parameters": plan.quantized,
         "source_dtype": str(source.dtype).removeprefix("torch."),

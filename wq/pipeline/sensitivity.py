@@ -174,7 +174,7 @@ class _Pass:
 
         groups = decoder.trace(block.module, members, lambda: run(0)).groups
         linear = [group for group in groups if is_linear(members[group[0]])]
-        found = collect([members[group[0]] for group in linear], run, len(self.learned.hidden))
+        found = collect([members[group[0]] for group in linear], run, [len(hidden) for hidden in self.learned.hidden])
         known: dict[str, Any] = {name: one for group, one in zip(linear, found, strict=True) for name in group}
         for name in (group[0] for group in groups if not is_linear(members[group[0]])):
             known[name] = mixture.watch(members[name], run, len(self.learned.hidden))

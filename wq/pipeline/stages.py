@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from wq import grid
 from wq.checkpoint import ShardWriter
-from wq.errors import CheckpointError
 from wq.pipeline import blocks as decoder
 from wq.pipeline import experts as mixture
 from wq.pipeline import folding
@@ -59,10 +58,7 @@ class Stages:
         """Solve, replace and write every layer and all experts of the block; one record for each."""
         module = self.block.module
         left: dict[str, nn.Module] = {name: module.get_submodule(name) for name in self.block.layers}
-        for name, linear in left.items():
-            _check_finite(f"{self.block.layers[name].stored}.weight", matrix(linear))
-        for name, experts in self.block.experts.items():
-            _check_finite(experts.path, module.get_parameter(name).data)
+        for name in self.block.experts:
             left[name.rpartition(".")[0]] = module.get_submodule(name.rpartition(".")[0])
         records: list[dict[str, Any]] = []
         if self.forward is not None and left:
@@ -71,7 +67,7 @@ class Stages:
                 self._fold([group for group in traced.groups if is_linear(left[group[0]])], left, traced.producers)
             if "sequence" in self.without:
                 names = [group[0] for group in traced.groups if is_linear(left[group[0]])]
-                found = collect([left[name] for name in names], self._forward, len(self.windows))
+                found = collect([left[name] for name in names], self._forward, self.windows)
                 self.known = dict(zip(names, found, strict=True))
             for group in traced.groups:
                 records += self._stage({name: left.pop(name) for name in group})
@@ -102,7 +98,7 @@ class Stages:
     def _fold(self, groups: list[list[str]], linears: dict[str, nn.Module], producers: dict[str, Any]) -> None:
         """Let the solver scale each group's input wherever something can take the scale over."""
         readers = [linears[group[0]] for group in groups]
-        statistics = collect(readers, self._forward, len(self.windows))
+        statistics = collect(readers, self._forward, self.windows)
         for group, known in zip(groups, statistics, strict=True):
             fold = folding.find(self.block.module, group, producers.get(group[0]))
             if fold is None or not self._stored(fold.name):
@@ -140,7 +136,7 @@ class Stages:
         if name in self.known:
             return self.known[name]
         if not getattr(self.solver, "NEEDS_PAIRS", False):
-            (found,) = collect([reader], self._forward, len(self.windows))
+            (found,) = collect([reader], self._forward, self.windows)
             return found
         quantized = self._tap(name, self.block.module, self._forward)
         dense = None if self.dense is None else self._tap(name, *self.dense)
@@ -232,11 +228,3 @@ def _only_stats(solution: Solution) -> Solution:
     """Without what has been written already: all experts of a layer together are large."""
     nothing = torch.empty(0)
     return Solution(nothing, nothing, nothing, solution.stats)
-
-
-def _check_finite(name: str, weight: Tensor) -> None:
-    wrong = int((~torch.isfinite(weight)).sum())
-    if wrong:
-        raise CheckpointError(
-            f"{name} holds {wrong} values that are not finite. The source is damaged; download it again."
-        )

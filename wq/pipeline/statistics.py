@@ -1,7 +1,8 @@
 """What calibration says of a layer's input, summed over tokens while a block runs.
 
 Nothing of a token is kept: sums of outer products are all that the solvers ask for, so memory does not grow with the
-calibration set. Tokens that are not finite are left out and counted.
+calibration set. They are summed window by window, whatever the batches: so the sums do not depend on how many windows
+run at once. Tokens that are not finite are left out and counted.
 """
 
 from __future__ import annotations
@@ -24,15 +25,19 @@ Run = Callable[[int], Any]
 
 
 @torch.no_grad()
-def collect(readers: list[nn.Module], run: Run, batches: int) -> list[Statistics]:
-    """Statistics of each reader's input over all batches; a pass stops once the last reader has its input."""
+def collect(readers: list[nn.Module], run: Run, windows: Sequence[int]) -> list[Statistics]:
+    """Statistics of each reader's input over all batches; a pass stops once the last reader has its input.
+
+    windows: how many each batch has.
+    """
     sums = [SecondMoment(*_place(reader)) for reader in readers]
     by_reader = {id(reader): total for reader, total in zip(readers, sums, strict=True)}
-    left = 0
+    left = batch = 0
 
     def enter(module: nn.Module, args: tuple[Any, ...]) -> None:
         nonlocal left
-        by_reader[id(module)].add(args[0])
+        for window in _windows(args[0], windows[batch]):
+            by_reader[id(module)].add(window)
         left -= 1
         if not left:
             raise Stop
@@ -40,7 +45,7 @@ def collect(readers: list[nn.Module], run: Run, batches: int) -> list[Statistics
     with ExitStack() as hooks:
         for reader in readers:
             hooks.callback(reader.register_forward_pre_hook(enter).remove)
-        for batch in range(batches):
+        for batch in range(len(windows)):
             left = len(readers)
             with suppress(Stop):
                 run(batch)
@@ -100,10 +105,10 @@ def collect_pairs(quantized: Tap, dense: Tap | None, windows: Sequence[int]) -> 
         x, r = (None, None) if dense is None else dense.read(batch)
         q, s = quantized.read(batch)
         drift = None if r is None or s is None else r - s
-        heldout = torch.arange(seen, seen + count, device=q.device) % _HELD_OUT == _HELD_OUT - 1
+        parts = [[None] * count if t is None else _windows(t, count) for t in (q, x, drift)]
+        for number, window in enumerate(zip(*parts, strict=True), seen):
+            sums[number % _HELD_OUT == _HELD_OUT - 1].add(*window)
         seen += count
-        for total, rows in zip(sums, (~heldout, heldout), strict=True):
-            total.add(_windows(q, count)[rows], *(None if t is None else _windows(t, count)[rows] for t in (x, drift)))
     fitted, decisive = (total.result() for total in sums)
     return replace(fitted, heldout=decisive if decisive.tokens else None)
 
@@ -124,7 +129,7 @@ class SecondMoment:
         self.residual: Tensor | None = None
 
     def add(self, quantized: Tensor, x: Tensor | None = None, residual: Tensor | None = None) -> None:
-        """Add tokens, `[..., size]`. residual: `[..., out_features]`, a difference already."""
+        """Add some tokens, `[..., size]`. residual: `[..., out_features]`, a difference already."""
         rows = quantized.reshape(-1, quantized.shape[-1]).float()
         drift = None if x is None else x.reshape(rows.shape).float() - rows
         offset = None if residual is None else residual.reshape(len(rows), residual.shape[-1]).float()

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import torch
-from torch import Tensor
 
-from wq.checkpoint import Entry, read_tensor
+from wq.checkpoint import Entry, pieces, read_tensor
 from wq.formats.stored import Stored
 from wq.verify.contents import Contents
 from wq.verify.found import Found
 from wq_kernels import stream as bits
 
-_PIECE = 1 << 24  # bytes of a tensor that are looked at together
 _SCALES = ("weight_scale", "scales")
 
 
@@ -32,7 +30,7 @@ def check_values(entries: Mapping[str, Entry], contents: Contents, found: Found)
 def _finite(name: str, entry: Entry, is_scale: bool, found: Found) -> None:
     broken, zero, first = 0, 0, -1
     seen = 0
-    for piece in _pieces(entry):
+    for piece in pieces(entry):
         values = piece if piece.dtype.itemsize > 1 else piece.float()
         bad = ~torch.isfinite(values)
         none = values == 0 if is_scale else torch.zeros_like(bad)
@@ -44,14 +42,6 @@ def _finite(name: str, entry: Entry, is_scale: bool, found: Found) -> None:
         found.problem(name, "has values that are not finite", f"{broken} of {seen}, the first at {first}")
     if zero:
         found.problem(name, "has scales of zero", f"{zero} of {seen}, the first at {first}")
-
-
-def _pieces(entry: Entry) -> Iterable[Tensor]:
-    """The tensor in flat pieces."""
-    size = entry.dtype.itemsize
-    for start in range(entry.start, entry.stop, _PIECE):
-        stop = min(start + _PIECE, entry.stop)
-        yield read_tensor(Entry(entry.dtype, ((stop - start) // size,), entry.file, start, stop))
 
 
 def _first_version(name: str, entry: Entry, stored: Stored, found: Found) -> None:
