@@ -3,7 +3,7 @@
 Memory is that of the largest moment. The process itself is measured; to it comes what is loaded at that moment, known
 from the shapes of its parameters; and to that what the code makes then, metered by running the code of one block of
 each kind on shapes (`wq.pipeline.shapes`): hidden states, the copy of the dense block, statistics, the solver. Batches
-of calibration are all alike, so two and three of them tell what any number takes.
+of calibration are all alike, so a few and one more tell what any number takes.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from __future__ import annotations
 import copy
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from types import ModuleType, SimpleNamespace
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from wq import report
-from wq.checkpoint import header_bytes
+from wq.checkpoint import Entry, header_bytes
 from wq.errors import BudgetError, ModelError, first_line
 from wq.machine import rss_bytes
 from wq.pipeline import blocks as decoder
@@ -34,7 +35,7 @@ from wq.pipeline.stages import Stages
 from wq.pipeline.units import readers, together
 from wq.structure.towers import Tower
 
-_FEW = 2, 3  # batches that tell what any number takes
+_HELD_OUT = 8  # windows, of which one is held out: fewer would not show what is made of it
 _POPULAR = 2.0  # times as many tokens as the mean expert the most popular one is taken to get
 _READERS = min(4, os.cpu_count() or 4)  # threads with which transformers reads tensors
 _LOGITS = 4  # copies of a batch's logits while the next token is drawn
@@ -72,16 +73,21 @@ class Job:
 
 @dataclass(frozen=True)
 class Moment:
-    """A part of a run. parts: bytes at its largest moment, by what takes them. work: what it does; times: how often.
-
-    solves: matrices `(out, in)` that are solved in it.
+    """A part of a run. held: bytes that it takes throughout, by what takes them. peaks: bytes besides, for each of its
+    steps. work: what it does; times: how often. solves: matrices `(out, in)` that are solved in it.
     """
 
     name: str
-    parts: dict[str, int]
+    held: dict[str, int]
+    peaks: tuple[int, ...] = (0,)
     work: Work = field(default_factory=Work)
     times: int = 1
     solves: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """Bytes at its largest step, by what takes them."""
+        return self.held | {"statistics, solver, activations": max(self.peaks)}
 
     @property
     def bytes(self) -> int:
@@ -156,7 +162,7 @@ def estimate(job: Job, rows: int) -> Estimate:
     streams = _stream(job) if job.samples else 0
     moments.append(Moment("writing what stays dense", {"hidden states": streams, "a tensor": _largest_dense(job)}))
     off = job.device.type != "cpu"
-    read = sum(sorted(entry.bytes for entry in job.source.entries.values())[-_READERS:])
+    read = sum(sorted(entry.bytes + _checking(entry) for entry in job.source.entries.values())[-_READERS:])
     return Estimate(
         device=str(job.device),
         process=process,
@@ -260,21 +266,28 @@ def _blocks(job: Job, rows: int) -> list[Moment]:
     """Capture, and one block of each kind."""
     if not job.samples:
         return _metered(job, 0, 0)
-    batches = job.samples / rows
-    if batches <= _FEW[-1]:
+    batches, least = job.samples / rows, _few(rows)
+    if batches <= least + 1:
         return _metered(job, math.ceil(batches), min(rows, job.samples))
-    few, more = (_metered(job, count, rows) for count in _FEW)
-    return [_extended(a, b, batches - _FEW[0]) for a, b in zip(few, more, strict=True)]
+    few, more = _metered(job, least, rows), _metered(job, least + 1, rows)
+    return [_extended(a, b, batches - least) for a, b in zip(few, more, strict=True)]
+
+
+def _few(rows: int) -> int:
+    """How many batches, and one more, tell what any number takes."""
+    return max(2, math.ceil(_HELD_OUT / rows))
 
 
 def _extended(few: Moment, more: Moment, further: float) -> Moment:
     """A moment with so many further batches, from those with few and with one more."""
-    parts = {
-        name: round(count + further * (more.parts[name] - count)) if name in more.parts else count
-        for name, count in few.parts.items()
-    }
+
+    def line(a: int, b: int) -> int:
+        return round(a + further * (b - a))
+
+    held = {name: line(count, more.held[name]) for name, count in few.held.items()}
+    peaks = tuple(line(a, b) for a, b in zip(few.peaks, more.peaks, strict=True))
     work = few.work.plus(more.work.plus(few.work, -1.0), further)
-    return replace(few, parts=parts, work=work)
+    return replace(few, held=held, peaks=peaks, work=work)
 
 
 def _metered(job: Job, batches: int, rows: int) -> list[Moment]:
@@ -282,7 +295,7 @@ def _metered(job: Job, batches: int, rows: int) -> list[Moment]:
     try:
         with metered(job.source.model, _share(job.plan)) as meter:
             return list(_Walk(job, meter).run(batches, rows))
-    except (NotImplementedError, RuntimeError, TypeError) as error:
+    except (NotImplementedError, RuntimeError) as error:
         raise ModelError(
             f"{job.source.name}: what it takes cannot be known beforehand, its code asks for values "
             f"({first_line(error)})."
@@ -339,14 +352,14 @@ class _Walk:
         self.last = decoder.capture(tower.root, tower.blocks, inputs, self.job.source.name)
         peak, work = self.meter.take()
         around, block = _around(tower), _parameters(first.module)
-        parts = {"embeddings": _bytes(self.job, around), "a block": _bytes(self.job, block)}
-        rest = {"hidden states, activations": max(peak, _reading(self.job, ""))}
-        return Moment(f"the way to {first.path}", parts | rest, work)
+        held = {"embeddings": _bytes(self.job, around), "a block": _bytes(self.job, block)}
+        return Moment(f"the way to {first.path}", held, (peak, self.meter.live, _reading(self.job, "")), work)
 
     def _block(
         self, block: Block, index: int, captured: decoder.Captured | None, dense: decoder.Captured | None, times: int
     ) -> Moment:
         held, module, solves = self.meter.live, block.module, []
+        steps: list[tuple[int, Work]] = []
         original = None if dense is None else copy.deepcopy(module)
         copied = self.meter.live - held
 
@@ -354,7 +367,8 @@ class _Walk:
             solves.append((weight.shape[0], weight.shape[1]))
             return self.job.solver.solve(weight, *args, **kwargs)
 
-        stages = Stages(
+        stages = _Steps(
+            done=lambda: steps.append(self.meter.take()),
             source=self.job.source,
             solver=SimpleNamespace(**{**vars(self.job.solver), "solve": solve}),  # type: ignore[arg-type]
             fmt=self.job.fmt,
@@ -370,14 +384,24 @@ class _Walk:
         stages.run()
         if captured is not None:
             captured.advance(module, index)
-        if dense is not None and original is not None:
-            dense.advance(original, index, stages.dense_outputs)
-        peak, work = self.meter.take()
-        own = _bytes(self.job, _parameters(module))
-        parts = {"a block": own, "its dense copy": copied, "hidden states": held}
-        loading = _reading(self.job, block.path)
-        rest = {"statistics, solver, activations": max(peak - held - copied, loading)}
-        return Moment(block.path, parts | rest, work, times, tuple(solves))
+        if dense is not None and original is not None:  # the last layer's pass has moved it on, as a rule
+            dense.hidden = stages.dense_outputs or [dense.run(original, index, i) for i in range(len(dense.hidden))]
+        steps.append(self.meter.take())
+        peaks = (*(peak - held - copied for peak, _ in steps), _reading(self.job, block.path))
+        own = {"a block": _bytes(self.job, _parameters(module)), "its dense copy": copied, "hidden states": held}
+        return Moment(block.path, own, peaks, sum((work for _, work in steps), Work()), times, tuple(solves))
+
+
+@dataclass
+class _Steps(Stages):
+    """done: called after each stage, whose peak grows with the number of batches in its own way."""
+
+    done: Callable[[], None] = lambda: None
+
+    def _stage(self, members: dict[str, nn.Module]) -> list[dict[str, Any]]:
+        records = super()._stage(members)
+        self.done()
+        return records
 
 
 class _Nowhere:
@@ -411,18 +435,23 @@ def _bytes(job: Job, parameters: Iterable[Tensor]) -> int:
 def _reading(job: Job, prefix: str) -> int:
     """Bytes that loading what is under a module takes besides what is loaded.
 
-    A tensor of another dtype is read as it is on disk first, as many at once as there are threads. Tensors that make up
-    one parameter are all there when it is put together.
+    Each tensor is looked through for values that are not finite, and cast if its dtype is another on disk: as many at
+    once as there are threads. Tensors that make up one parameter are all there when it is put together.
     """
     source = job.source
     inside = {name: where for name, where in source.tensors.items() if not prefix or where[0].startswith(f"{prefix}.")}
-    raw = [source.entries[name].bytes for name in inside if source.entries[name].dtype != job.dtype]
-    joined: dict[str, int] = {}
+    passing, joined = [], Counter[str]()
     for name, (parameter, plain) in inside.items():
-        if not plain:
-            size = math.prod(source.entries[name].shape) * job.dtype.itemsize
-            joined[parameter] = joined.get(parameter, 0) + size
-    return sum(sorted(raw)[-_READERS:]) + max(joined.values(), default=0)
+        entry = source.entries[name]
+        loaded = math.prod(entry.shape) * job.dtype.itemsize
+        passing.append(max(0 if entry.dtype == job.dtype else entry.bytes, entry.bytes + _checking(entry) - loaded))
+        joined[parameter] += 0 if plain else loaded
+    return sum(sorted(passing)[-_READERS:]) + max(joined.values(), default=0)
+
+
+def _checking(entry: Entry) -> int:
+    """Bytes that it takes to see whether a tensor is finite: magnitudes and two answers, or the answers as numbers."""
+    return math.prod(entry.shape) * max(entry.dtype.itemsize + 2, 9)
 
 
 def _stream(job: Job) -> int:
@@ -444,9 +473,9 @@ def _largest_dense(job: Job) -> int:
 def _process(job: Job) -> int:
     """Bytes of this process once it has all that it computes with: libraries of linear algebra, the tokenizer."""
     if job.samples:
-        _ = job.source.tokenizer
+        job.source.tokenizer("as many words as it takes " * 5000)
         calibration.get_ready(job.text)
-    one = torch.ones(512, 512)
+    one = torch.ones(1024, 1024)
     torch.linalg.cholesky_ex(one @ one)
     del one
     return rss_bytes()

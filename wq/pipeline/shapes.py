@@ -37,6 +37,9 @@ class Work:
     moved: float = 0.0
     calls: float = 0.0
 
+    def __add__(self, other: Work) -> Work:
+        return self.plus(other)
+
     def plus(self, other: Work, times: float = 1.0) -> Work:
         """Both, the other so many times."""
         return Work(
@@ -134,8 +137,12 @@ class Meter(TorchDispatchMode):
 
 
 def _workspace(func: Any, args: Any) -> int:
-    """Bytes that an operation takes and gives back unseen: LAPACK's solver wants both its matrices copied."""
-    return int(args[1].nbytes) if func is _aten.cholesky_solve.default else 0
+    """Bytes that an operation takes and gives back unseen."""
+    if func is _aten.cholesky_solve.default:  # LAPACK wants both its matrices copied
+        return int(args[1].nbytes)
+    if func in (_aten.sum.default, _aten.sum.dim_IntList) and args[0].dtype is torch.bool:  # as int64
+        return 8 * int(args[0].numel())
+    return 0
 
 
 def _work(func: Any, args: Any, kwargs: Any, out: Any, made: list[Tensor], fresh: int) -> Work:
