@@ -10,7 +10,7 @@ from wq import formats
 from wq.checkpoint import Entry, read_json, read_tensor
 from wq.errors import CheckpointError
 from wq.formats import awq, compressed_tensors, gptq
-from wq.formats.stored import Stored
+from wq.formats.stored import Stored, check_shape
 from wq.scheme import STORED_BITS
 from wq_kernels import stream as bit_stream
 
@@ -54,6 +54,7 @@ def describe(
         raise CheckpointError(f"{name}.{likely} is missing. Download the checkpoint again.")
     owner = _owner(leaves, shape, config)
     shape = shape or _shape(name, owner, leaves, config)
+    check_shape(name, shape)
     stored: Stored = formats.get(owner).inspect(leaves, shape, config, lambda leaf: read_tensor(leaves[leaf]), name)
     width = stored.scheme.bits
     if owner != "compressed-tensors" and bit_stream.words(shape[0], width) * 32 != shape[0] * width:

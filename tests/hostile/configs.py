@@ -134,7 +134,7 @@ def _others() -> Iterator[Case]:
     for format in FORMATS:
         extra = {"unknown": 7, "__class__": "x", "": None, "trust_remote_code": True, "auto_map": {"AutoConfig": "x.Y"}}
         yield Case(f"{format}: unknown keys", format, lambda c, extra=extra: c["quantization_config"].update(extra))
-        for value in ([], [4], 7, "gptq", True, {}, {"quant_method": format}):
+        for value in ([], [4], 7, "gptq", True, {}):
             yield Case(f"{format}: is {value}", format, _put(("quantization_config",), value))
 
 

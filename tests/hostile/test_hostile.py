@@ -25,13 +25,12 @@ from wq import WqConfig
 from wq.checkpoint import SINGLE
 from wq.errors import CheckpointError, WqError
 
-MUTATIONS = 1  # rounds of all kinds of damage, for each folder
 NAMES = (bases.DENSE, *bases.FORMATS, *(f"{name} sharded" for name in (bases.DENSE, *bases.FORMATS)))
 
 
 @pytest.fixture(scope="module")
-def made(tiny_model: Callable[[], Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return bases.make(tiny_model, tmp_path_factory.mktemp("bases"))
+def made(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return bases.make(lambda: tiny_model("llama", num_hidden_layers=1), tmp_path_factory.mktemp("bases"))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -40,7 +39,7 @@ def test_whatever_is_done_to_a_folder_wq_says_what_is_wrong(
 ) -> None:
     whole, reference = mutations.read(made[name]), bases.state(name, made[name])
     count: Counter[str] = Counter()
-    for number in range(MUTATIONS * len(mutations.MUTATIONS)):
+    for number in range(NAMES.index(name) % 2, len(mutations.MUTATIONS), 2):
         damaged = mutations.mutate(number, whole)
         mutations.write(damaged.files, tmp_path / "folder", damaged.renewed)
         doors = [through_source] if name.startswith(bases.DENSE) else [through_verify, through_load]
@@ -84,13 +83,13 @@ def test_there_are_enough_hostile_configs_and_layers() -> None:
     assert all(sum(case.format == format for case in layers.cases()) >= 300 for format in layers.FORMATS)
 
 
-@pytest.mark.parametrize("part", range(4))
+@pytest.mark.parametrize("part", range(2))
 def test_a_hostile_config_is_refused_or_changes_nothing(
     part: int, made: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     references = {format: bases.state(format, made[format]) for format in configs.FORMATS}
     chosen = [case for case in QUANTIZATION if "million" not in case.name][part::8]
-    chosen += [case for case in QUANTIZATION if "million" in case.name][part::4]
+    chosen += [case for case in QUANTIZATION if "million" in case.name][part::2]
     count: Counter[str] = Counter()
     for case in chosen:
         folder = configured(case, made, tmp_path)
@@ -103,7 +102,7 @@ def test_a_hostile_config_is_refused_or_changes_nothing(
 
 
 def test_a_hostile_config_of_the_model_is_refused_or_describes_one(made: dict[str, Path], tmp_path: Path) -> None:
-    for case in MODELS[::6]:
+    for case in MODELS[::7]:
         folder = configured(case, made, tmp_path)
         for outcome in (through_verify(folder), through_load(folder)):
             assert outcome.kind != "escaped", f"{case.name}: {outcome.said}"
@@ -113,7 +112,7 @@ def test_a_hostile_config_of_the_model_is_refused_or_describes_one(made: dict[st
 def test_tensors_of_a_layer_that_cannot_be_are_refused_by_its_name_before_a_module_is_made(
     format: str, made: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    chosen = [case for case in layers.cases() if case.format == format][::5]
+    chosen = [case for case in layers.cases() if case.format == format][::11]
     for case in chosen:
         tensors = load_file(made[format] / SINGLE)
         case.change(tensors, case.layer)
@@ -168,7 +167,7 @@ def _problems(folder: Path) -> list[str]:
 
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
 @pytest.mark.parametrize(
-    "name", ["model.embed_tokens.weight", "model.norm.weight", "model.layers.1.mlp.up_proj.weight"]
+    "name", ["model.embed_tokens.weight", "model.norm.weight", "model.layers.0.mlp.up_proj.weight"]
 )
 def test_a_source_that_is_not_finite_is_refused_by_the_tensors_name(
     name: str, value: str, made: dict[str, Path], tmp_path: Path

@@ -24,7 +24,7 @@ from wq import formats
 from wq.checkpoint import Entry
 from wq.errors import CheckpointError
 from wq.formats import compressed_tensors
-from wq.formats.stored import Packed, Stored
+from wq.formats.stored import Packed, Stored, check_shape
 from wq.layers import ExpertWeight, OffloadedExperts, experts
 from wq.scheme import Scheme
 from wq.structure.experts import PROJECTIONS, Projection, arrange, is_experts, projection
@@ -113,9 +113,11 @@ def inspect_direct(model: nn.Module, target: str, leaves: Mapping[str, Entry]) -
         raise CheckpointError(f"{target}: packed weights or scales are missing. Download the checkpoint again.")
     flat = {f"weight_{leaf}": _Slice(entry.shape[1:], entry.dtype) for leaf, entry in leaves.items() if leaf != "shape"}
     for leaf, entry in leaves.items():
-        if entry.shape[0] != whole.experts:
-            raise CheckpointError(f"{target}_{leaf} is for {entry.shape[0]} experts; the model has {whole.experts}.")
+        if entry.shape[:1] != (whole.experts,):
+            count = entry.shape[0] if entry.shape else "no"
+            raise CheckpointError(f"{target}_{leaf} is for {count} experts; the model has {whole.experts}.")
     shape = (whole.out_features, whole.in_features)
+    check_shape(target, shape)
     stored = compressed_tensors.inspect(flat, shape, None, partial(_no_values, target), target)
     return Fused(stored, ())
 
