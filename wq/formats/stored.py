@@ -86,9 +86,7 @@ def require(name: str, leaves: Mapping[str, Leaf], *needed: str) -> None:
 def check_shape(name: str, shape: tuple[int, int]) -> None:
     """Refuse a layer of no rows or no columns: a config may say anything. Raises CheckpointError."""
     if min(shape) < 1:
-        raise CheckpointError(
-            f"{name} has packed weights; config.json makes it {list(shape)}. Download both again."
-        )
+        raise CheckpointError(f"{name} has packed weights; config.json makes it {list(shape)}. Download both again.")
 
 
 def group_size(name: str, in_features: int, groups: int, said: set[int] | None = None) -> tuple[int, int]:
