@@ -386,6 +386,27 @@ class ShardWriter:
             raise CheckpointError(f"{len(self._left)} tensors were announced but not written: {min(self._left)}, ...")
 
 
+class Nowhere(ShardWriter):
+    """Takes what is written, and forgets it: for a process beside the one that writes."""
+
+    def __init__(self, folder: Path, specs: dict[str, Spec], **_: Any):
+        self._specs, self._left = specs, set(specs)
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Forget it."""
+        self._left.discard(name)
+
+    def copy(self, name: str, entry: Entry) -> None:
+        """Forget it."""
+        self._left.discard(name)
+
+    def sync(self) -> None:
+        """There is nothing to flush."""
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write a small safetensors file of its own."""
     specs = {name: Spec(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -112,6 +113,9 @@ def _told(message: str, error: BaseException) -> str:
 
 
 def _fail(message: str, code: int) -> None:
+    """End with a message; of several processes the first speaks for all."""
+    if os.environ.get("RANK", "0") != "0":
+        sys.exit(code)
     _err.print(message, style="red", markup=False, highlight=False, soft_wrap=True)
     sys.exit(code)
 
@@ -156,12 +160,16 @@ def quantize(
 ) -> None:
     """Quantize a dense model into a folder that transformers and vLLM load."""
     from wq import report
+    from wq.machine import default_device
+    from wq.pipeline.ranks import Ranks, assemble, launched
     from wq.presets import quantize as run
 
-    with _progress("block", as_json) as update:
+    ranks = assemble(device or default_device()) if launched() else Ranks()
+    with _progress("block", as_json or not ranks.is_first) as update:
         made = run(
             model,
             output,
+            ranks=ranks,
             preset=preset,
             method=method,
             bits=bits,
@@ -188,6 +196,8 @@ def quantize(
             on_sample=update and (lambda done, total: update(done, total, "", "sampled token")),
             on_step=update and partial(_step, update),
         )
+    if not ranks.is_first:
+        return
     if as_json:
         print(json.dumps(made))
         return
@@ -562,7 +572,6 @@ def run(
     program: Annotated[str, typer.Argument(help="A Python script or module, lm_eval say; its arguments follow.")],
 ) -> None:
     """Run a Python program in which wq loads every quantized repo it can read: wq run -- lm_eval --model hf ..."""
-    import os
     import runpy
 
     from wq.hf import takeover

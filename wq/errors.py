@@ -48,6 +48,10 @@ class OutputError(WqError):
     """An output folder that would overwrite something or cannot be written."""
 
 
+class ProcessError(WqError):
+    """A run of several processes of which one has ended."""
+
+
 class CheckpointError(WqError):
     """A quantized checkpoint whose tensors and config do not agree."""
 

@@ -57,6 +57,12 @@ class Journal:
             raise OutputError(f"{file} is damaged, so nothing can go on from it. Begin again with --restart.")
         return Note(json.loads(text), tensors)
 
+    def drop(self, pattern: str, but: str) -> None:
+        """Remove the notes whose names match a glob, `but` one."""
+        for file in self._folder.glob(f"{pattern}.safetensors"):
+            if file.stem != but:
+                file.unlink()
+
     def _file(self, name: str) -> Path:
         return self._folder / f"{name}.safetensors"
 

@@ -18,7 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from wq import grid
 from wq.pipeline import blocks as decoder
+from wq.pipeline.ranks import Ranks
 from wq.pipeline.statistics import SecondMoment
 from wq.solvers import Solution, Statistics
 
@@ -47,6 +49,10 @@ class Routed(NamedTuple):
         step = max(1, len(self.hidden) // self.hidden.shape[1])
         return torch.cat([own, self.hidden[::step][: self.hidden.shape[1]]]), len(own)
 
+    def joined(self, ranks: Ranks) -> Routed:
+        """With the tokens of all processes."""
+        return Routed(ranks.join(self.hidden), ranks.join(self.routes))
+
 
 class Solved(NamedTuple):
     """One matrix: of which expert and parameter, what became of it, and how many tokens were routed there."""
@@ -68,23 +74,62 @@ def watch(module: nn.Module, run: Callable[[int], Any], batches: int) -> Routed 
     )
 
 
-def quantize(module: Any, wanted: set[str], routed: Routed | None, solve: Solve) -> Iterator[Solved]:
+def quantize(
+    module: Any, wanted: set[str], routed: Routed | None, solve: Solve, ranks: Ranks | None = None
+) -> Iterator[Solved]:
     """Quantize parameters of a module of experts in place, one expert after the other.
 
     solve: weight and statistics to a solution and the dequantized weight. Projections run in order, so that the second
-    learns from what the first, quantized, makes of the tokens.
+    learns from what the first, quantized, makes of the tokens. ranks: processes, of which each solves some experts.
     """
+    ranks = ranks or Ranks()
     first = "gate_up_proj" if module.has_gate else "up_proj"
-    for expert in range(len(getattr(module, first))):
-        x, tokens = (None, 0) if routed is None else routed.inputs(expert)
-        for name in (first, "down_proj"):
-            weight = matrix(module, name, expert)
-            if name in wanted:
-                solution, restored = solve(weight.float(), None if x is None or not tokens else _statistics(x))
-                weight.copy_(restored)
-                yield Solved(expert, name, solution, tokens)
-            if name is first and x is not None:
-                x = torch.cat([_inner(module, expert, rows, weight) for rows in x.split(_ROWS)])
+    count = len(getattr(module, first))
+    if ranks.alone:
+        for expert in range(count):
+            yield from _expert(module, expert, first, wanted, routed, solve)
+        return
+    mine = {
+        expert: list(_expert(module, expert, first, wanted, routed, solve))
+        for expert in range(count)
+        if expert % ranks.count == ranks.rank
+    }
+    for expert in range(count):
+        for one in _exchanged(mine.pop(expert, []), expert % ranks.count, ranks, matrix(module, first, 0).device):
+            codes, scale, zero, _ = one.solution
+            matrix(module, one.parameter, expert).copy_(grid.dequantize(codes, scale, zero))
+            yield one
+
+
+def _expert(
+    module: Any, expert: int, first: str, wanted: set[str], routed: Routed | None, solve: Solve
+) -> Iterator[Solved]:
+    x, tokens = (None, 0) if routed is None else routed.inputs(expert)
+    for name in (first, "down_proj"):
+        weight = matrix(module, name, expert)
+        if name in wanted:
+            solution, restored = solve(weight.float(), None if x is None or not tokens else _statistics(x))
+            weight.copy_(restored)
+            yield Solved(expert, name, solution, tokens)
+        if name is first and x is not None:
+            x = torch.cat([_inner(module, expert, rows, weight) for rows in x.split(_ROWS)])
+
+
+def _exchanged(solved: list[Solved], source: int, ranks: Ranks, device: torch.device) -> Iterator[Solved]:
+    """What process `source` has solved, for all."""
+    known = [
+        (one.expert, one.parameter, one.tokens, one.solution.stats, [(t.dtype, t.shape[1:]) for t in _tensors(one)])
+        for one in solved
+    ]
+    for place, (expert, parameter, tokens, stats, kinds) in enumerate(ranks.gather(known)[source]):
+        blank = [torch.empty(0, *shape, dtype=dtype, device=device) for dtype, shape in kinds]
+        own = _tensors(solved[place]) if solved else blank
+        codes, scale, zero = (ranks.tensor(tensor, source, len(tensor)) for tensor in own)
+        yield Solved(expert, parameter, Solution(codes, scale, zero, stats), tokens)
+
+
+def _tensors(one: Solved) -> list[Tensor]:
+    return [one.solution.codes, one.solution.scale, one.solution.zero]
 
 
 def matrix(module: Any, name: str, expert: int) -> Tensor:

@@ -19,6 +19,7 @@ from torch.nn import functional
 from wq.machine import out_of_memory, release_memory
 from wq.pipeline import blocks as decoder
 from wq.pipeline.progress import Streams
+from wq.pipeline.ranks import Ranks
 from wq.pipeline.source import Source
 from wq.structure.towers import Tower
 
@@ -58,8 +59,10 @@ def patiently(work: Callable[[], T], less: Callable[[], bool], undo: Callable[[]
 class Flow:
     """The windows `tokens`, int64 `[windows, seqlen]`, in front of a block of a tower.
 
-    paired: whether the dense model's hidden states are wanted, too. encoded: what an encoder made of the windows, for a
-    decoder that reads it: `encoded` and, paired, `dense encoded`.
+    ranks: processes that share them; here is one's part, which begins with window `first`. One of several does not ask
+    for less where memory runs out: the others would wait for it. paired: whether the dense model's hidden states are
+    wanted, too. encoded: what an encoder made of the windows, for a decoder that reads it: `encoded` and, paired,
+    `dense encoded`.
     """
 
     def __init__(
@@ -71,16 +74,19 @@ class Flow:
         dtype: torch.dtype,
         paired: bool,
         encoded: Streams,
+        ranks: Ranks,
     ):
-        self.source, self.tower, self.tokens = source, tower, tokens
+        share = ranks.share(len(tokens))
+        self.source, self.tower, self.tokens = source, tower, tokens[share]
+        self.ranks, self.first = ranks, share.start
         self.device, self.dtype, self.paired = device, dtype, paired
         self.encoded = {name: stream for name, stream in encoded.items() if "encoded" in name}
         self.offloaded = False
         rows = max(1, _BATCH_TOKENS // tokens.shape[1])
-        self.sizes = [len(batch) for batch in self.encoded.get("encoded", tokens.split(rows))]
+        self.sizes = [len(batch) for batch in self.encoded.get("encoded", self.tokens.split(rows))]
         self.quantized = decoder.Captured([], [], [])
         self.dense: decoder.Captured | None = None
-        patiently(self._capture, self.narrow)
+        self.attempt(self._capture)
 
     @property
     def streams(self) -> Streams:
@@ -91,7 +97,7 @@ class Flow:
     def go_on(self, streams: Streams) -> None:
         """Take up hidden states where a run before has left them, in its batches."""
         self.sizes = [len(batch) for batch in streams["hidden"]]
-        patiently(self._capture, self.narrow)
+        self.attempt(self._capture)
         self._put(streams["hidden"], streams.get("dense"))
 
     def advance(self, block: nn.Module, original: nn.Module | None, index: int, known: list[Tensor]) -> None:
@@ -113,6 +119,10 @@ class Flow:
             if self.dense is not None:
                 found["dense encoded"] = decoder.finish(self.tower.root, self.tower.blocks, inputs, self.dense)
         return found
+
+    def attempt(self, work: Callable[[], T], undo: Callable[[], None] = lambda: None) -> T:
+        """`patiently`, with less and less at once."""
+        return patiently(work, self.narrow, undo) if self.ranks.alone else work()
 
     def narrow(self) -> bool:
         """Ask for less, and catch again how blocks are called; False if there is no less."""
@@ -145,9 +155,10 @@ class Flow:
     def _put(self, hidden: list[Tensor], dense: list[Tensor] | None) -> None:
         """Have these hidden states in front of the next block, in batches of `sizes`, where they wait."""
         streams = [hidden] if dense is None else [hidden, dense]
-        spoiled = sorted({window for stream in streams for window in _not_finite(stream)})
+        here = {self.first + window for stream in streams for window in _not_finite(stream)}
+        spoiled = set().union(*self.ranks.gather(here))
         if spoiled:
-            raise NotFiniteError(spoiled)
+            raise NotFiniteError(sorted(spoiled))
         self.quantized.hidden = self._batched(hidden)
         if self.dense is not None and dense is not None:
             self.dense.hidden = self._batched(dense)

@@ -73,8 +73,17 @@ def find(block: nn.Module, readers: list[str], source: tuple[str, nn.Module] | N
 
 
 @torch.no_grad()
-def apply(fold: Fold, readers: list[nn.Module], scales: Tensor, run: Callable[[], Tensor]) -> bool:
-    """Fold `scales` `[in_features]`; undo it and return False if the block's output changes by more than rounding."""
+def apply(
+    fold: Fold,
+    readers: list[nn.Module],
+    scales: Tensor,
+    run: Callable[[], Tensor],
+    agreed: Callable[[bool], bool] = bool,
+) -> bool:
+    """Fold `scales` `[in_features]`; undo it and return False if the block's output changes by more than rounding.
+
+    agreed: whether that is so for all processes.
+    """
     before = run()
     touched = [fold.producer, *readers]
     saved = [{name: p.data.clone() for name, p in m.named_parameters(recurse=False)} for m in touched]
@@ -84,7 +93,7 @@ def apply(fold: Fold, readers: list[nn.Module], scales: Tensor, run: Callable[[]
         weight.copy_((weight.float() * scales).to(weight.dtype))
     after = run()
     change = (after.float() - before.float()).norm() / before.float().norm().clamp_min(1e-12)
-    if change < _TOLERANCE:  # also False for NaN
+    if agreed(bool(change < _TOLERANCE)):  # also False for NaN
         return True
     for module, values in zip(touched, saved, strict=True):
         for name, value in values.items():

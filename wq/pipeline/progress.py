@@ -1,7 +1,8 @@
 """How far a run is: all that the rest of it depends on, and whether another run may go on from there.
 
-One note holds everything after a block, so there is no moment at which half of it is old. What a block has written to
-the checkpoint before is flushed by then; what the next one writes before its own note is written again.
+One note says what is done, and so which notes of hidden states, one for each process, go with it; those of the block
+before are removed after it. What a block has written to the checkpoint is flushed before; what the next one writes
+before its own note is written again.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor
 from wq import manifest
 from wq.errors import OutputError
 from wq.journal import Journal
+from wq.pipeline.ranks import Ranks
 
 _NOTE = "progress"
 _DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -38,23 +40,32 @@ class Progress:
     left_out: list[int] = field(default_factory=list)
     streams: Streams = field(default_factory=dict)
 
-    def save(self, journal: Journal, job: Mapping[str, Any]) -> None:
+    def save(self, journal: Journal, job: Mapping[str, Any], ranks: Ranks) -> None:
         """Note it."""
         tensors = {f"{name}.{i}": t.cpu() for name, stream in self.streams.items() for i, t in enumerate(stream)}
-        said = {name: value for name, value in vars(self).items() if name != "streams"}
         counts = {name: len(stream) for name, stream in self.streams.items()}
-        journal.write(_NOTE, {**said, "streams": counts, "job": job}, tensors)
+        mine = f"streams-{ranks.rank}-{self.blocks}"
+        journal.write(mine, counts, tensors)
+        ranks.wait()
+        if ranks.is_first:
+            journal.write(
+                _NOTE, {name: value for name, value in vars(self).items() if name != "streams"} | {"job": job}
+            )
+        ranks.wait()
+        journal.drop(f"streams-{ranks.rank}-*", but=mine)
 
     @classmethod
-    def load(cls, journal: Journal, job: Mapping[str, Any], where: Path) -> Progress | None:
+    def load(cls, journal: Journal, job: Mapping[str, Any], where: Path, ranks: Ranks) -> Progress | None:
         """What was noted of the same job, or None. Raises OutputError, naming what differs, if it was another."""
         note = journal.read(_NOTE)
         if note is None:
             return None
         value = dict(note.value)
         check_same(value.pop("job"), job, where)
-        counts = value.pop("streams")
-        streams = {name: [note.tensors[f"{name}.{i}"] for i in range(count)] for name, count in counts.items()}
+        held = journal.read(f"streams-{ranks.rank}-{value['blocks']}")
+        if held is None:
+            raise OutputError(f"{where}: the notes to go on from are not complete. Begin again with --restart.")
+        streams = {name: [held.tensors[f"{name}.{i}"] for i in range(count)] for name, count in held.value.items()}
         return cls(**value, streams=streams)
 
 

@@ -19,7 +19,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
@@ -32,7 +32,7 @@ from torch import Tensor
 
 import wq
 from wq import formats, manifest, report, solvers
-from wq.checkpoint import ShardWriter, check_finite, write_text
+from wq.checkpoint import Nowhere, ShardWriter, check_finite, write_text
 from wq.errors import CalibrationError, ModelError, OutputError
 from wq.journal import Journal
 from wq.machine import default_device, keep_memory_tight, peak_rss_bytes, release_memory
@@ -41,6 +41,7 @@ from wq.pipeline import mixing, sampling
 from wq.pipeline.flow import Flow, NotFiniteError, patiently
 from wq.pipeline.plan import Block, Plan, assigned, make_plan, mix
 from wq.pipeline.progress import Progress, Streams, check_same, digests
+from wq.pipeline.ranks import Ranks
 from wq.pipeline.source import Source, open_source
 from wq.pipeline.stages import Stages
 from wq.scheme import Scheme, check_quantizable
@@ -80,6 +81,7 @@ def quantize(
     mix: Iterable[int] | None = None,
     without: Iterable[str] = (),
     reserve: int = 0,
+    ranks: Ranks | None = None,
     on_block: BlockCallback | None = None,
     on_sample: sampling.SampleCallback | None = None,
     on_mix: mixing.OnStep | None = None,
@@ -96,7 +98,8 @@ def quantize(
     is stored as float16). device: where blocks run; None is the first GPU, or the CPU. target_bpw, target_size, mix:
     instead of bits; `wq.pipeline.mixing.parse`. restart: forget what an unfinished run to this folder has done, and do
     not go on from there. without: steps of the method, or in `STEPS`, that are left out.
-    reserve: how many of the windows the solver does not see. on_block: called with a dict after each block. on_sample:
+    reserve: how many of the windows the solver does not see. ranks: the processes that share the run, each of which
+    calls this; `wq.pipeline.ranks`. on_block: called with a dict after each block. on_sample:
     called with the tokens that the model has written, and how many it will. on_mix: called with what is done and to do
     while widths are chosen. finish: called with the folder when all but the report is in it, with the windows in
     reserve and a journal; what it returns goes into the report.
@@ -107,37 +110,56 @@ def quantize(
     solver, fmt = solvers.get(method), formats.get(format)
     omitted = solvers.check_steps(method, without, STEPS)
     goal, scheme = mixing.parse(target_bpw, target_size, mix, bits), _wished(bits, group_size, symmetric)
-    with _at_work(Path(output), overwrite, restart) as place, torch.no_grad():
+    ranks = ranks or Ranks()
+    with _at_work(Path(output), overwrite, restart, ranks) as place, torch.no_grad():
         with open_source(model, revision, trust_remote_code) as source:
             plan = make_plan(source, fmt, scheme, group_size is None, keep, dtype)
             room = None if goal is None else mixing.room(source, fmt, plan, goal)
-            job = _Job(source, solver, fmt, plan, torch.device(device or default_device()), seed, omitted, place)
+            job = _Job(source, solver, fmt, plan, torch.device(device or default_device()), seed, omitted, place, ranks)
             asked = {"method": method, "format": format, "samples": samples, "seqlen": seqlen, "reserve": reserve}
-            same = {**asked, "goal": None if goal is None else goal.to_dict()}
+            same = {**asked, "goal": None if goal is None else goal.to_dict(), "processes": ranks.count}
             data = calibration if solver.NEEDS_STATISTICS or room is not None else None
             stream = job.prepare(same, data, samples, seqlen, room, on_mix, on_sample)
             tokens, left = (None, None) if stream is None else stream.tokens.tensor_split([samples - reserve])
             if place.published:
                 return _published(place)
             layers = job.build(tokens if solver.NEEDS_STATISTICS else None, on_block)
-            config = _write_config(source, place.folder, job.plan, fmt)
-            source.save_companions(place.folder)
-            finished = job.mixed(config) | ({} if finish is None else finish(place.folder, left, job.journal))
-            made = _report(source, job.plan, method, format, stream, layers, job, started) | finished
-            _describe(place.folder, made)
-        place.publish()
+
+            def complete() -> dict[str, Any]:
+                config = _write_config(source, place.folder, job.plan, fmt)
+                source.save_companions(place.folder)
+                finished = job.mixed(config) | ({} if finish is None else finish(place.folder, left, job.journal))
+                made = _report(source, job.plan, method, format, stream, layers, job, started) | finished
+                _describe(place.folder, made)
+                return made
+
+            made = ranks.first(complete)
+        ranks.first(place.publish)
     return made
 
 
 @contextmanager
-def _at_work(output: Path, overwrite: bool, restart: bool) -> Iterator[Workplace]:
-    """The workplace of `output`, which keeps what an unfinished run has done; what fails says how to go on."""
+def _at_work(output: Path, overwrite: bool, restart: bool, ranks: Ranks) -> Iterator[Workplace]:
+    """The workplace of `output`, which keeps what an unfinished run has done; what fails says how to go on.
+
+    The first process has it; to the others it only says where things are.
+    """
     keep_memory_tight()
-    with workplace(output, overwrite) as place:
-        if restart:
-            place.clear()
-        if not place.published:
-            check_output(output, overwrite)
+    with ExitStack() as stack:
+
+        def enter() -> tuple[bool, bool]:
+            place = stack.enter_context(workplace(output, overwrite))
+            if restart:
+                place.clear()
+            if not place.published:
+                check_output(output, overwrite)
+            places.append(place)
+            return place.keep, place.published
+
+        places: list[Workplace] = []
+        keep, published = ranks.first(enter)
+        place = places[0] if places else Workplace(output, overwrite)
+        place.keep, place.published = keep, published
         try:
             yield place
         except BaseException as error:
@@ -192,6 +214,7 @@ class _Job:
     seed: int
     without: frozenset[str]
     place: Workplace
+    ranks: Ranks
     identity: dict[str, Any] = field(default_factory=dict)  # what tells it from other runs
     progress: Progress = field(default_factory=Progress)
     changed: set[str] = field(default_factory=set)  # dense parameters that folding altered
@@ -227,6 +250,10 @@ class _Job:
         stream = None
         if source is not None and not own:
             stream = calibration_text.load(source, self.source.tokenizer, samples, seqlen, self.seed)
+        if stream is not None and len(stream.tokens) < self.ranks.count:
+            raise CalibrationError(
+                f"{len(stream.tokens)} calibration windows for {self.ranks.count} processes: each needs one."
+            )
         self.identity = self._identity(asked, source if own else stream and stream.describe())
         self._go_on()
         note = self.journal.read("prepared")
@@ -238,7 +265,7 @@ class _Job:
                 self.plan, self.choice = mix(self.source, self.fmt, self.plan, note.value["bits"]), note.value["choice"]
             return stream
         if not self.progress.blocks:
-            check_finite(self.source.entries)
+            self.ranks.first(lambda: check_finite(self.source.entries))
         where = self.device, self.compute_dtype
         if own:
             stream = sampling.sample(self.source, samples, seqlen, self.seed, *where, on_sample)
@@ -256,13 +283,14 @@ class _Job:
         said = {"job": self.identity, "bits": bits, "choice": self.choice}
         if stream is not None:
             said["calibration"] = {name: value for name, value in vars(stream).items() if name != "tokens"}
-        self.journal.write("prepared", said, {} if stream is None else {"tokens": stream.tokens})
+        if self.ranks.is_first:
+            self.journal.write("prepared", said, {} if stream is None else {"tokens": stream.tokens})
         self.place.keep = True
 
     def _identity(self, asked: dict[str, Any], data: Any) -> dict[str, Any]:
         """All that the checkpoint depends on; a dict that JSON gives back as it is."""
         return {
-            "model": digests(self.source.folder),
+            "model": self.ranks.first(lambda: digests(self.source.folder)),
             **asked,
             "scheme": self.plan.scheme.to_dict(),
             "dtype": str(self.plan.dtype),
@@ -277,7 +305,7 @@ class _Job:
     def _go_on(self) -> None:
         """Take up what an unfinished run has done; one that had published is only looked at."""
         try:
-            found = Progress.load(self.journal, self.identity, self.place.path)
+            found = Progress.load(self.journal, self.identity, self.place.path, self.ranks)
         except OutputError:
             if not self.place.published:
                 raise
@@ -285,22 +313,31 @@ class _Job:
         if found is not None:
             self.progress, self.before = found, found.seconds
         elif self.place.published:
-            self.place.clear()
-            check_output(self.place.path, self.place.overwrite)
+            self.place.published = False
+            self.ranks.first(self._forget)
+
+    def _forget(self) -> None:
+        self.place.clear()
+        check_output(self.place.path, self.place.overwrite)
 
     def writer(self, tokens: Tensor | None) -> ShardWriter:
-        """What puts tensors into the checkpoint, with those in it that are done. Raises OutputError for want of space.
+        """What puts tensors into the checkpoint, with those in it that are done; nowhere but in the first process.
 
-        tokens: those whose hidden states will be noted.
+        tokens: those whose hidden states will be noted. Raises OutputError for want of space.
         """
         if not self.progress.blocks:
-            shutil.rmtree(self.place.folder, ignore_errors=True)
-            self.place.folder.mkdir()
-            self._check_space(tokens)
+            self.ranks.first(lambda: self._make_room(tokens))
+        if not self.ranks.is_first:
+            return Nowhere(self.place.folder, self.plan.specs)
         return ShardWriter(self.place.folder, self.plan.specs, written=self.progress.written)
 
-    def _check_space(self, tokens: Tensor | None) -> None:
-        """A note of the streams takes the place of another that is removed only then."""
+    def _make_room(self, tokens: Tensor | None) -> None:
+        """An empty folder, on a disk that is large enough.
+
+        A note of the streams takes the place of another that is removed only then.
+        """
+        shutil.rmtree(self.place.folder, ignore_errors=True)
+        self.place.folder.mkdir()
         whole = sum(spec.bytes for spec in self.plan.specs.values())
         size = getattr(self.source.config.get_text_config(), "hidden_size", 0)
         streams = 0 if tokens is None or not self.solver.NEEDS_STATISTICS else 2 if self._paired else 1
@@ -349,7 +386,7 @@ class _Job:
             )
         self.source.unload(self.source.model)
         self.progress = Progress(left_out=left_out)
-        self.progress.save(self.journal, self.identity)
+        self.progress.save(self.journal, self.identity, self.ranks)
 
     def run(self, writer: ShardWriter, tokens: Tensor | None, on_block: BlockCallback | None) -> None:
         """Quantize every block from where the progress is, and write everything."""
@@ -380,7 +417,7 @@ class _Job:
         streams, self.progress.streams = self.progress.streams, {}
         flow = None
         if tokens is not None:
-            flow = Flow(self.source, tower, tokens, self.device, self.compute_dtype, self._paired, streams)
+            flow = Flow(self.source, tower, tokens, self.device, self.compute_dtype, self._paired, streams, self.ranks)
             if start:
                 flow.go_on(streams)
         streams.clear()
@@ -404,9 +441,9 @@ class _Job:
         self.progress = Progress(
             before.blocks + 1, before.layers + made, writer.written, before.seconds + seconds, before.left_out, streams
         )
-        self.progress.save(self.journal, self.identity)
+        self.progress.save(self.journal, self.identity, self.ranks)
         self.place.keep = True
-        if on_block is not None:
+        if on_block is not None and self.ranks.is_first:
             done = self.progress.blocks
             on_block({"block": done, "blocks": self._count, "layers": made, "seconds": seconds})
 
@@ -420,8 +457,10 @@ class _Job:
             writer.back_to(written)
             self.changed = set(changed)
 
-        less = self._leave_device if flow is None else flow.narrow
-        records = patiently(lambda: self._attempt(writer, block, index, flow, last), less, undo)
+        def attempt() -> list[dict[str, Any]]:
+            return self._attempt(writer, block, index, flow, last)
+
+        records = patiently(attempt, self._leave_device, undo) if flow is None else flow.attempt(attempt, undo)
         self._write_dense(writer, block.path)
         self.source.unload(block.module)
         release_memory()
@@ -450,6 +489,8 @@ class _Job:
             block=block,
             forward=None if flow is None else partial(flow.quantized.run, block.module, index),
             windows=[] if flow is None else flow.sizes,
+            ranks=self.ranks,
+            first=0 if flow is None else flow.first,
             generator=torch.Generator(device=device).manual_seed(self.seed + self.progress.blocks),
             dense=None if dense is None or original is None else (original, partial(dense.run, original, index)),
             without=self.without,

@@ -28,6 +28,7 @@ from wq import grid
 from wq.pipeline import blocks as decoder
 from wq.pipeline import experts as mixture
 from wq.pipeline.plan import Block, Plan
+from wq.pipeline.ranks import Ranks
 from wq.pipeline.source import Source
 from wq.pipeline.statistics import collect
 from wq.pipeline.units import Unit, paths, readers, together
@@ -174,7 +175,8 @@ class _Pass:
 
         groups = decoder.trace(block.module, members, lambda: run(0)).groups
         linear = [group for group in groups if is_linear(members[group[0]])]
-        found = collect([members[group[0]] for group in linear], run, [len(hidden) for hidden in self.learned.hidden])
+        windows = [len(hidden) for hidden in self.learned.hidden]
+        found = collect([members[group[0]] for group in linear], run, windows, Ranks())
         known: dict[str, Any] = {name: one for group, one in zip(linear, found, strict=True) for name in group}
         for name in (group[0] for group in groups if not is_linear(members[group[0]])):
             known[name] = mixture.watch(members[name], run, len(self.learned.hidden))

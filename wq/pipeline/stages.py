@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from types import ModuleType
 from typing import Any
@@ -17,6 +17,7 @@ from wq.pipeline import blocks as decoder
 from wq.pipeline import experts as mixture
 from wq.pipeline import folding
 from wq.pipeline.plan import Block, Experts
+from wq.pipeline.ranks import Ranks
 from wq.pipeline.source import Source
 from wq.pipeline.statistics import Tap, collect, collect_pairs
 from wq.scheme import Scheme
@@ -35,7 +36,8 @@ class Stages:
     has. dense: the dense block, and its run on the dense model's hidden states, for a solver that asks for pairs.
     schemes: of layers and parameters of experts, by path; layers that read one input have the same one, and so have all
     experts. without: steps that are left out. changed: dense parameters that folding altered, by path. known:
-    statistics that were collected ahead. dense_outputs: the dense block's outputs, if it ran to the end.
+    statistics that were collected ahead. dense_outputs: the dense block's outputs, if it ran to the end. ranks: the
+    processes that have windows; first: the number of the first window here.
     """
 
     source: Source
@@ -49,6 +51,8 @@ class Stages:
     generator: torch.Generator
     dense: tuple[nn.Module, Callable[[int], Tensor]] | None = None
     without: frozenset[str] = frozenset()
+    ranks: Ranks = field(default_factory=Ranks)
+    first: int = 0
     changed: set[str] = field(default_factory=set)
     known: dict[str, Statistics] = field(default_factory=dict)
     dense_outputs: list[Tensor] = field(default_factory=list)
@@ -67,7 +71,7 @@ class Stages:
                 self._fold([group for group in traced.groups if is_linear(left[group[0]])], left, traced.producers)
             if "sequence" in self.without:
                 names = [group[0] for group in traced.groups if is_linear(left[group[0]])]
-                found = collect([left[name] for name in names], self._forward, self.windows)
+                found = collect([left[name] for name in names], self._forward, self.windows, self.ranks)
                 self.known = dict(zip(names, found, strict=True))
             for group in traced.groups:
                 records += self._stage({name: left.pop(name) for name in group})
@@ -83,7 +87,8 @@ class Stages:
         name, reader = next(iter(members.items()))
         if is_linear(reader):
             return self._solve(members)
-        return self._experts(name, reader, mixture.watch(reader, self._forward, len(self.windows)))
+        routed = mixture.watch(reader, self._forward, len(self.windows))
+        return self._experts(name, reader, None if routed is None else routed.joined(self.ranks))
 
     def _without_data(self, name: str, reader: nn.Module) -> list[dict[str, Any]]:
         if not is_linear(reader):
@@ -98,7 +103,7 @@ class Stages:
     def _fold(self, groups: list[list[str]], linears: dict[str, nn.Module], producers: dict[str, Any]) -> None:
         """Let the solver scale each group's input wherever something can take the scale over."""
         readers = [linears[group[0]] for group in groups]
-        statistics = collect(readers, self._forward, self.windows)
+        statistics = collect(readers, self._forward, self.windows, self.ranks)
         for group, known in zip(groups, statistics, strict=True):
             fold = folding.find(self.block.module, group, producers.get(group[0]))
             if fold is None or not self._stored(fold.name):
@@ -106,7 +111,8 @@ class Stages:
             members = [linears[name] for name in group]
             weight = torch.cat([matrix(member) for member in members])
             scales = self.solver.input_scales(weight, known, self._scheme(group[0]))
-            if folding.apply(fold, members, scales, lambda: self._forward(0)):
+            agreed = lambda good: all(self.ranks.gather(good))  # noqa: E731
+            if folding.apply(fold, members, scales, lambda: self._forward(0), agreed):
                 path = f"{self.block.path}.{fold.name}"
                 self.changed |= {f"{path}.{name}" for name, _ in fold.producer.named_parameters(recurse=False)}
 
@@ -121,7 +127,7 @@ class Stages:
         first = next(iter(members.values()))
         statistics = self._statistics(next(iter(members)), first)
         weight = torch.cat([matrix(linear).float() for linear in members.values()])
-        solution, restored = self._solution(weight, statistics, self._scheme(next(iter(members))))
+        solution, restored = self._together(weight, statistics, self._scheme(next(iter(members))))
         records, start = [], 0
         for name, linear in members.items():
             rows = slice(start, start + len(matrix(linear)))
@@ -136,14 +142,14 @@ class Stages:
         if name in self.known:
             return self.known[name]
         if not getattr(self.solver, "NEEDS_PAIRS", False):
-            (found,) = collect([reader], self._forward, self.windows)
+            (found,) = collect([reader], self._forward, self.windows, self.ranks)
             return found
         quantized = self._tap(name, self.block.module, self._forward)
         dense = None if self.dense is None else self._tap(name, *self.dense)
         if dense is not None:  # the last pass over the dense block moves its stream on, too
             dense.whole = name == self.traced.groups[-1][0]
             self.dense_outputs = dense.outputs
-        return collect_pairs(quantized, dense, self.windows)
+        return collect_pairs(quantized, dense, self.windows, self.ranks, self.first)
 
     def _tap(self, name: str, block: nn.Module, run: Callable[[int], Tensor]) -> Tap:
         source = self.traced.residuals.get(name)
@@ -153,12 +159,25 @@ class Stages:
         """Of a layer of this block."""
         return self.schemes[self.block.layers[name].path]
 
-    def _solution(self, weight: Tensor, statistics: Statistics | None, scheme: Scheme) -> tuple[Solution, Tensor]:
+    def _solution(
+        self, weight: Tensor, statistics: Statistics | None, scheme: Scheme, **total: Any
+    ) -> tuple[Solution, Tensor]:
         """Of a weight `[out, in]`, and the weight that it stands for; rounded to nearest where data is wanting."""
         solver = rtn if statistics is None and self.solver.NEEDS_STATISTICS else self.solver
         steps = {"without": self.without} if hasattr(solver, "STEPS") else {}
-        solution = solver.solve(weight, statistics, scheme, generator=self.generator, **steps)
+        solution = solver.solve(weight, statistics, scheme, generator=self.generator, **steps, **total)
         return solution, grid.dequantize(solution.codes, solution.scale, solution.zero)
+
+    def _together(self, weight: Tensor, statistics: Statistics, scheme: Scheme) -> tuple[Solution, Tensor]:
+        """Likewise, each process solving some of the rows."""
+        if self.ranks.alone:
+            return self._solution(weight, statistics, scheme)
+        rows = self.ranks.share(len(weight))
+        mine, statistics = weight[rows], _of_rows(statistics, rows)
+        total = {"total": self.ranks.sum} if getattr(self.solver, "DECIDES", False) else {}
+        part, _ = self._solution(mine, statistics, scheme, **total)
+        codes, scale, zero = (self.ranks.join(tensor) for tensor in (part.codes, part.scale, part.zero))
+        return Solution(codes, scale, zero, part.stats), grid.dequantize(codes, scale, zero)
 
     def _store(self, name: str, linear: nn.Module, solution: Solution, restored: Tensor, tokens: int) -> dict[str, Any]:
         layer = self.block.layers[name]
@@ -180,7 +199,7 @@ class Stages:
         plans = {key.removeprefix(prefix): plan for key, plan in self.block.experts.items() if key.startswith(prefix)}
         solved: dict[str, list[mixture.Solved]] = {parameter: [] for parameter in plans}
         scheme = self.schemes[next(iter(plans.values())).path]
-        for one in mixture.quantize(module, set(plans), routed, partial(self._solution, scheme=scheme)):
+        for one in mixture.quantize(module, set(plans), routed, partial(self._solution, scheme=scheme), self.ranks):
             plan = plans[one.parameter]
             for piece, row in enumerate(plan.pieces):
                 size = row[one.expert].shape[0]
@@ -222,6 +241,13 @@ class Stages:
 def _rows(solution: Solution, rows: slice) -> Solution:
     """Some rows of a solution."""
     return Solution(solution.codes[rows], solution.scale[rows], solution.zero[rows], dict(solution.stats))
+
+
+def _of_rows(statistics: Statistics, rows: slice) -> Statistics:
+    """For some rows of a weight: all but what is known of each row."""
+    heldout = None if statistics.heldout is None else _of_rows(statistics.heldout, rows)
+    residual = None if statistics.residual is None else statistics.residual[rows]
+    return replace(statistics, residual=residual, heldout=heldout)
 
 
 def _only_stats(solution: Solution) -> Solution:

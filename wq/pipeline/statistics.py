@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from wq.pipeline.blocks import Stop, first_hidden
+from wq.pipeline.ranks import Ranks
 from wq.solvers import Statistics
 from wq.structure.linears import matrix
 
@@ -25,8 +26,8 @@ Run = Callable[[int], Any]
 
 
 @torch.no_grad()
-def collect(readers: list[nn.Module], run: Run, windows: Sequence[int]) -> list[Statistics]:
-    """Statistics of each reader's input over all batches; a pass stops once the last reader has its input.
+def collect(readers: list[nn.Module], run: Run, windows: Sequence[int], ranks: Ranks) -> list[Statistics]:
+    """Statistics of each reader's input over all batches, of all processes; a pass stops once the last has its input.
 
     windows: how many each batch has.
     """
@@ -49,7 +50,7 @@ def collect(readers: list[nn.Module], run: Run, windows: Sequence[int]) -> list[
             left = len(readers)
             with suppress(Stop):
                 run(batch)
-    return [total.result() for total in sums]
+    return [total.over(ranks).result() for total in sums]
 
 
 def _place(reader: nn.Module) -> tuple[int, torch.device]:
@@ -94,13 +95,16 @@ class Tap:
 
 
 @torch.no_grad()
-def collect_pairs(quantized: Tap, dense: Tap | None, windows: Sequence[int]) -> Statistics:
+def collect_pairs(
+    quantized: Tap, dense: Tap | None, windows: Sequence[int], ranks: Ranks, first: int = 0
+) -> Statistics:
     """Statistics of a layer's input in the model quantized so far, and of its drift from the dense model's if given.
 
-    windows: how many each batch has. Every eighth window is held out, to decide on.
+    windows: how many each batch has; first: the number of the first of them, where other processes have those before.
+    Every eighth window is held out, to decide on.
     """
     sums = SecondMoment(*_place(quantized.reader)), SecondMoment(*_place(quantized.reader))
-    seen = 0
+    seen = first
     for batch, count in enumerate(windows):
         x, r = (None, None) if dense is None else dense.read(batch)
         q, s = quantized.read(batch)
@@ -109,7 +113,8 @@ def collect_pairs(quantized: Tap, dense: Tap | None, windows: Sequence[int]) -> 
         for number, window in enumerate(zip(*parts, strict=True), seen):
             sums[number % _HELD_OUT == _HELD_OUT - 1].add(*window)
         seen += count
-    fitted, decisive = (total.result() for total in sums)
+    rows = len(matrix(quantized.reader)) if quantized.residual is not None else 0
+    fitted, decisive = (total.over(ranks, dense is not None, rows).result() for total in sums)
     return replace(fitted, heldout=decisive if decisive.tokens else None)
 
 
@@ -145,6 +150,22 @@ class SecondMoment:
             self.drift = self._plus(self.drift, drift, rows)
         if offset is not None:
             self.residual = self._plus(self.residual, offset, rows)
+
+    def over(self, ranks: Ranks, paired: bool = False, rows: int = 0) -> SecondMoment:
+        """Add the sums of all processes. paired: whether there are drifts, and, with `rows`, residuals, of so many."""
+        if ranks.alone:
+            return self
+        size = self.total.shape[1]
+        if paired and self.drift is None:
+            self.drift = torch.zeros_like(self.total)
+        if paired and rows and self.residual is None:
+            self.residual = self.total.new_zeros(rows, size)
+        counts = ranks.sum(torch.tensor([self.tokens, self.dropped], device=self.total.device))
+        self.tokens, self.dropped = counts.tolist()
+        for part in (self.total, self.drift, self.residual):
+            if part is not None:
+                ranks.sum(part)
+        return self
 
     @staticmethod
     def _plus(total: Tensor | None, left: Tensor, rows: Tensor) -> Tensor:

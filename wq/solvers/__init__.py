@@ -4,6 +4,8 @@ A solver is a module with
 
     NEEDS_STATISTICS: bool       whether it wants calibration; without it the pipeline runs no forward pass
     NEEDS_PAIRS: bool            optional: whether it wants tokens held out, and the dense model's inputs, too
+    DECIDES: bool                optional: whether it decides anything over all rows; `solve(..., total=sum)` then does
+                                 it over those of other processes, too
     STEPS: tuple[str, ...]       optional: parts of it that `solve(..., without=names)` leaves out, to see their worth
     def solve(weight, statistics, scheme, *, generator) -> Solution
 
@@ -14,7 +16,7 @@ device. Rows are independent, so the pipeline stacks the layers that read one in
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -29,6 +31,14 @@ SOLVERS: dict[str, str] = {
     "gptq": "wq.solvers.gptq",
     "awq": "wq.solvers.awq",
 }
+
+
+Total = Callable[[Tensor], Tensor]  # the sum of a number over all rows of a weight, from that over some of them
+
+
+def own(number: Tensor) -> Tensor:
+    """The sum over all rows, where all rows are here."""
+    return number
 
 
 @dataclass(frozen=True)

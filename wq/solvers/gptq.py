@@ -27,10 +27,11 @@ from torch import Tensor
 
 from wq import grid
 from wq.scheme import Scheme
-from wq.solvers import Solution, Statistics, refine, rtn, target
+from wq.solvers import Solution, Statistics, Total, own, refine, rtn, target
 
 NEEDS_STATISTICS = True
 NEEDS_PAIRS = True
+DECIDES = True
 STEPS = ("order", "refine", "search", "target")
 
 _BLOCK = 128  # columns whose errors are spread eagerly; later columns get them in one matrix product
@@ -45,10 +46,11 @@ def solve(
     *,
     generator: torch.Generator | None = None,
     without: Container[str] = (),
+    total: Total = own,
 ) -> Solution:
     """Quantize `weight`, float `[out_features, in_features]`, against `statistics`. Raises GroupSizeError.
 
-    without: names in `STEPS` that are left out.
+    without: names in `STEPS` that are left out. total: sums what decides over all rows, where `weight` is a part.
     """
     hessian = statistics.second_moment.float()
     dead = hessian.diagonal() <= 0
@@ -58,12 +60,12 @@ def solve(
     factor, damping = inverse_factor(hessian, statistics.tokens, order)
     if factor is None:
         return _round_instead(weight, statistics, scheme, generator)
-    goal, share = (weight.float(), 0.0) if "target" in without else target.retarget(weight, statistics)
+    goal, share = (weight.float(), 0.0) if "target" in without else target.retarget(weight, statistics, total)
     grids = grid.cover(goal, scheme) if "search" in without else grid.search(goal, scheme, hessian.diagonal())
     made = Solution(_sweep(goal, order, factor, *grids, scheme), *grids, {})
     rounds = 0
     if "refine" not in without and statistics.heldout is not None:
-        made, rounds = _refined(made, goal, weight, statistics, damped(hessian, damping), order, scheme)
+        made, rounds = _refined(made, goal, weight, statistics, damped(hessian, damping), order, scheme, total)
     stats: dict[str, Any] = {"damping": damping, "dead_columns": int(dead.sum())}
     if statistics.drift is not None:
         stats["drift_share"] = share
@@ -81,28 +83,29 @@ def _refined(
     hessian: Tensor,
     order: Tensor,
     scheme: Scheme,
+    total: Total,
 ) -> tuple[Solution, int]:
     """Scales and codes refined in turn for as long as tokens held out say that it helps, and how often it did."""
     assert statistics.heldout is not None
-    best = heldout_error(weight, grid.dequantize(*made[:3]), statistics.heldout)
+    best = heldout_error(weight, grid.dequantize(*made[:3]), statistics.heldout, total)
     for rounds in range(_REFINEMENTS):
         scale = refine.refit(goal, hessian, made.codes, made.scale, made.zero, scheme)
         codes = refine.descend(goal, hessian, made.codes, scale, made.zero, scheme, order)
-        error = heldout_error(weight, grid.dequantize(codes, scale, made.zero), statistics.heldout)
+        error = heldout_error(weight, grid.dequantize(codes, scale, made.zero), statistics.heldout, total)
         if not error < best:
             return made, rounds
         best, made = error, made._replace(codes=codes, scale=scale)
     return made, _REFINEMENTS
 
 
-def heldout_error(weight: Tensor, dequantized: Tensor, heldout: Statistics) -> float:
+def heldout_error(weight: Tensor, dequantized: Tensor, heldout: Statistics, total: Total = own) -> float:
     """`E‖Ŵ x̂ − W x‖² − E‖W (x̂ − x)‖²` over held-out tokens: what quantizing costs beyond the drift of the input."""
     w, h = weight.float(), heldout.second_moment
     delta = dequantized.float() - w
     error = ((delta @ h) * delta).sum()
     if heldout.drift is not None:
         error = error - 2 * (target.pull(w, heldout) * delta).sum()
-    return float(error)
+    return float(total(error))
 
 
 def damped(hessian: Tensor, damping: float) -> Tensor:

@@ -15,17 +15,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from wq.solvers import Statistics
+from wq.solvers import Statistics, Total, own
 
 _DAMPING = 0.2  # of the mean diagonal of H
 _LARGEST_SHARE = 1.0
 RESIDUAL = 1.0
 
 
-def retarget(weight: Tensor, statistics: Statistics) -> tuple[Tensor, float]:
+def retarget(weight: Tensor, statistics: Statistics, total: Total = own) -> tuple[Tensor, float]:
     """W* for `weight`, float `[out, in]`, and the share α of the correction that it has, 0 when none helps.
 
-    Needs `statistics.drift`, and `statistics.heldout` with a drift of its own; without them α is 0.
+    Needs `statistics.drift`, and `statistics.heldout` with a drift of its own; without them α is 0. total: as in
+    `wq.solvers.gptq.solve`.
     """
     heldout = statistics.heldout
     if statistics.drift is None or heldout is None or heldout.drift is None:
@@ -40,8 +41,8 @@ def retarget(weight: Tensor, statistics: Statistics) -> tuple[Tensor, float]:
         return weight, 0.0
     w = weight.float()
     correction = torch.cholesky_solve(pull(w, statistics).double().t(), factor).t().float()
-    norm = float(((correction @ heldout.second_moment) * correction).sum())
-    gain = float((pull(w, heldout) * correction).sum())
+    norm = float(total(((correction @ heldout.second_moment) * correction).sum()))
+    gain = float(total((pull(w, heldout) * correction).sum()))
     share = min(max(gain / norm, 0.0), _LARGEST_SHARE) if norm > 0 else 0.0
     return w + share * correction, share
 
