@@ -155,6 +155,7 @@ def quantize(
     restart: Annotated[
         bool, typer.Option("--restart", help="Begin again, where a run to this folder was interrupted.")
     ] = False,
+    max_memory: MaxMemory = None,
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
@@ -187,6 +188,7 @@ def quantize(
             revision=revision,
             overwrite=overwrite,
             restart=restart,
+            max_memory=max_memory,
             trust_remote_code=trust_remote_code,
             target_bpw=target_bpw,
             target_size=target_size,

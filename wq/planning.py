@@ -63,14 +63,14 @@ def plan(
     place = torch.device(device or default_device())
     keep_memory_tight()
     with open_headers(model, revision, trust_remote_code) as source, torch.no_grad():
-        wished = quantizer._wished(bits, group_size, symmetric)
+        wished = quantizer.wished(bits, group_size, symmetric)
         made = make_plan(source, fmt, wished, group_size is None, keep, dtype)
         room = None if goal is None else mixing.room(source, fmt, made, goal)
         runs = torch.float32 if place.type == "cpu" else source.dtype
         job = Job(source, solver, fmt, made, place, runs, without=omitted)
         if solver.NEEDS_STATISTICS or room is not None:
             length = chosen.seqlen if seqlen is None else seqlen
-            quantizer._check_can_calibrate(source, made, length)
+            quantizer.check_can_calibrate(source, made, length)
             windows = _windows(chosen, preset, samples, bits, same)
             widths = () if room is None else room.goal.widths
             job = replace(job, samples=windows, seqlen=length, text=calibration, widths=widths)

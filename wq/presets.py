@@ -22,7 +22,7 @@ from wq.distill import HELD_OUT, Rates, StepCallback, distill, required_bytes
 from wq.errors import CalibrationError, ModelError, UnknownNameError
 from wq.journal import Journal
 from wq.machine import default_device, free_bytes
-from wq.pipeline import quantizer
+from wq.pipeline import mixing, quantizer
 
 LESSONS = 4
 
@@ -59,6 +59,7 @@ def quantize(
     seqlen: int | None = None,
     without: Iterable[str] = (),
     device: str | None = None,
+    max_memory: int | str | None = None,
     on_step: StepCallback | None = None,
     **options: Any,
 ) -> dict[str, Any]:
@@ -85,7 +86,11 @@ def quantize(
         if len(tokens) < HELD_OUT:
             short = f"the text holds {len(tokens)} windows besides those that were solved on, of {HELD_OUT} it takes"
             return {"preset": preset, "distillation": {"kept": False, "reason": short}}
-        taught = _taught(folder, model, tokens, rates, device or default_device(), journal, on_step)
+        place = device or default_device()
+        free = free_bytes(place)
+        if max_memory is not None:
+            free = min(free, mixing.parse_size("--max-memory", max_memory))
+        taught = _taught(folder, model, tokens, rates, place, free, journal, on_step)
         return {"preset": preset, "distillation": taught}
 
     return quantizer.quantize(
@@ -98,16 +103,24 @@ def quantize(
         without={*without, *(chosen.without if same else ())},
         reserve=reserve,
         device=device,
+        max_memory=max_memory,
         finish=finish,
         **options,
     )
 
 
 def _taught(
-    folder: Path, model: Any, tokens: Tensor, rates: Rates, device: str, journal: Journal, on_step: StepCallback | None
+    folder: Path,
+    model: Any,
+    tokens: Tensor,
+    rates: Rates,
+    device: str,
+    free: int,
+    journal: Journal,
+    on_step: StepCallback | None,
 ) -> dict[str, Any]:
     """Distil, or say why not: the checkpoint is good without it, and was long in the making."""
-    need, free = required_bytes(folder, rates), free_bytes(device)
+    need = required_bytes(folder, rates)
     if need > free:
         return {"kept": False, "reason": f"it takes {report.size(need)} of memory, and {report.size(free)} is free"}
     try:

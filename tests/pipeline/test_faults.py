@@ -13,8 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from wq import manifest
-from wq.errors import CalibrationError, CheckpointError
+from wq.errors import BudgetError, CalibrationError, CheckpointError
 from wq.pipeline import calibration, flow
+from wq.planning import plan
 from wq.presets import quantize
 
 TinyModel = Callable[..., Path]
@@ -196,3 +197,33 @@ def test_source_weights_that_are_not_finite_are_refused_by_name(
     with pytest.raises(CheckpointError, match=rf"{name} holds 1 values that are not finite"):
         quantize(folder, tmp_path / "out", method=method, on_block=lambda event: pytest.fail("too late"), **OPTIONS)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+# --- memory that is said beforehand ---
+
+
+def test_a_budget_has_fewer_windows_run_at_once_and_changes_no_byte(
+    tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+    begin = flow.Flow.__init__
+
+    def watched(self: flow.Flow, *arguments: Any) -> None:
+        begin(self, *arguments)
+        sizes.append(max(self.sizes))
+
+    monkeypatch.setattr(flow.Flow, "__init__", watched)
+    model = tiny_model("llama", intermediate_size=1024)
+    options = {**OPTIONS, "samples": 32, "seqlen": 128}
+    quantize(model, tmp_path / "one", **options)
+    whole = plan(model, **options)["peak_rss_bytes"]
+    quantize(model, tmp_path / "two", max_memory=whole - (8 << 20), **options)
+    assert sizes[0] == 32
+    assert sizes[1] < 32
+    assert files(tmp_path / "one") == files(tmp_path / "two")
+
+
+def test_a_budget_that_nothing_keeps_is_refused_before_the_first_block(tiny_model: TinyModel, tmp_path: Path) -> None:
+    with pytest.raises(BudgetError, match=r"--max-memory 50 MB: this run takes .*Python and its libraries"):
+        quantize(tiny_model(), tmp_path / "out", max_memory="50MB", **OPTIONS)
+    assert list(tmp_path.iterdir()) == []

@@ -18,12 +18,11 @@ from torch.nn import functional
 
 from wq.machine import out_of_memory, release_memory
 from wq.pipeline import blocks as decoder
+from wq.pipeline.estimate import windows_at_once
 from wq.pipeline.progress import Streams
 from wq.pipeline.ranks import Ranks
 from wq.pipeline.source import Source
 from wq.structure.towers import Tower
-
-_BATCH_TOKENS = 4096  # enough rows for full-speed matrix products, few enough for small activations
 
 T = TypeVar("T")
 
@@ -61,8 +60,8 @@ class Flow:
 
     ranks: processes that share them; here is one's part, which begins with window `first`. One of several does not ask
     for less where memory runs out: the others would wait for it. paired: whether the dense model's hidden states are
-    wanted, too. encoded: what an encoder made of the windows, for a decoder that reads it: `encoded` and, paired,
-    `dense encoded`.
+    wanted, too. rows: windows at once. encoded: what an encoder made of the windows, for a decoder that reads it:
+    `encoded` and, paired, `dense encoded`.
     """
 
     def __init__(
@@ -75,6 +74,7 @@ class Flow:
         paired: bool,
         encoded: Streams,
         ranks: Ranks,
+        rows: int | None = None,
     ):
         share = ranks.share(len(tokens))
         self.source, self.tower, self.tokens = source, tower, tokens[share]
@@ -82,7 +82,7 @@ class Flow:
         self.device, self.dtype, self.paired = device, dtype, paired
         self.encoded = {name: stream for name, stream in encoded.items() if "encoded" in name}
         self.offloaded = False
-        rows = max(1, _BATCH_TOKENS // tokens.shape[1])
+        rows = rows or windows_at_once(tokens.shape[1])
         self.sizes = [len(batch) for batch in self.encoded.get("encoded", self.tokens.split(rows))]
         self.quantized = decoder.Captured([], [], [])
         self.dense: decoder.Captured | None = None
@@ -229,7 +229,7 @@ def _not_finite(stream: list[Tensor]) -> Iterator[int]:
     """The windows of a stream in which something is not finite."""
     first = 0
     for batch in stream:
-        if not torch.isfinite(batch.sum(dtype=torch.float64)):
+        if not all(torch.isfinite(end) for end in batch.aminmax()):
             finite = torch.isfinite(batch).reshape(len(batch), -1).all(1)
             yield from (first + int(window) for window in (~finite).nonzero())
         first += len(batch)

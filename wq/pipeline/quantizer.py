@@ -37,7 +37,7 @@ from wq.errors import CalibrationError, ModelError, OutputError
 from wq.journal import Journal
 from wq.machine import default_device, keep_memory_tight, peak_rss_bytes, release_memory
 from wq.pipeline import calibration as calibration_text
-from wq.pipeline import mixing, sampling
+from wq.pipeline import estimate, mixing, sampling
 from wq.pipeline.flow import Flow, NotFiniteError, patiently
 from wq.pipeline.plan import Block, Plan, assigned, make_plan, mix
 from wq.pipeline.progress import Progress, Streams, check_same, digests
@@ -81,6 +81,7 @@ def quantize(
     mix: Iterable[int] | None = None,
     without: Iterable[str] = (),
     reserve: int = 0,
+    max_memory: int | str | None = None,
     ranks: Ranks | None = None,
     on_block: BlockCallback | None = None,
     on_sample: sampling.SampleCallback | None = None,
@@ -97,19 +98,20 @@ def quantize(
     whose name one of them matches stay dense. dtype: of scales and dense tensors; None keeps the model's own (float32
     is stored as float16). device: where blocks run; None is the first GPU, or the CPU. target_bpw, target_size, mix:
     instead of bits; `wq.pipeline.mixing.parse`. restart: forget what an unfinished run to this folder has done, and do
-    not go on from there. without: steps of the method, or in `STEPS`, that are left out.
-    reserve: how many of the windows the solver does not see. ranks: the processes that share the run, each of which
-    calls this; `wq.pipeline.ranks`. on_block: called with a dict after each block. on_sample:
-    called with the tokens that the model has written, and how many it will. on_mix: called with what is done and to do
-    while widths are chosen. finish: called with the folder when all but the report is in it, with the windows in
-    reserve and a journal; what it returns goes into the report.
+    not go on from there. without: steps of the method, or in `STEPS`, that are left out. reserve: how many of the
+    windows the solver does not see. max_memory: bytes, or text such as `12GB`, that a process may take on its device;
+    fewer windows run at once for it, as `wq.pipeline.estimate` says. ranks: the processes that share the run, each of
+    which calls this; `wq.pipeline.ranks`. on_block: called with a dict after each block. on_sample: called with the
+    tokens that the model has written, and how many it will. on_mix: called with what is done and to do while widths are
+    chosen. finish: called with the folder when all but the report is in it, with the windows in reserve and a journal;
+    what it returns goes into the report.
 
     Raises a WqError, before any heavy work, for everything that can be known to fail.
     """
     started = time.perf_counter()
     solver, fmt = solvers.get(method), formats.get(format)
     omitted = solvers.check_steps(method, without, STEPS)
-    goal, scheme = mixing.parse(target_bpw, target_size, mix, bits), _wished(bits, group_size, symmetric)
+    goal, scheme = mixing.parse(target_bpw, target_size, mix, bits), wished(bits, group_size, symmetric)
     ranks = ranks or Ranks()
     with _at_work(Path(output), overwrite, restart, ranks) as place, torch.no_grad():
         with open_source(model, revision, trust_remote_code) as source:
@@ -119,6 +121,9 @@ def quantize(
             asked = {"method": method, "format": format, "samples": samples, "seqlen": seqlen, "reserve": reserve}
             same = {**asked, "goal": None if goal is None else goal.to_dict(), "processes": ranks.count}
             data = calibration if solver.NEEDS_STATISTICS or room is not None else None
+            if max_memory is not None:
+                widths = () if room is None else room.goal.widths
+                job.keep_to(max_memory, data, samples - reserve, seqlen, widths)
             stream = job.prepare(same, data, samples, seqlen, room, on_mix, on_sample)
             tokens, left = (None, None) if stream is None else stream.tokens.tensor_split([samples - reserve])
             if place.published:
@@ -183,14 +188,14 @@ def _describe(stage: Path, made: dict[str, Any]) -> None:
     manifest.write(stage)
 
 
-def _wished(bits: int | None, group_size: int | None, symmetric: bool) -> Scheme:
+def wished(bits: int | None, group_size: int | None, symmetric: bool) -> Scheme:
     """The scheme as far as it is known without the model."""
     bits = 4 if bits is None else bits
     check_quantizable(bits)
     return Scheme(bits, -1 if group_size is None else group_size, symmetric)
 
 
-def _check_can_calibrate(source: Source, plan: Plan, seqlen: int) -> None:
+def check_can_calibrate(source: Source, plan: Plan, seqlen: int) -> None:
     limit = getattr(source.config.get_text_config(), "max_position_embeddings", None)
     if isinstance(limit, int) and seqlen > limit:
         raise CalibrationError(f"--seqlen {seqlen} is longer than the {limit} positions {source.name} has.")
@@ -220,6 +225,7 @@ class _Job:
     changed: set[str] = field(default_factory=set)  # dense parameters that folding altered
     choice: dict[str, Any] | None = None  # of widths
     before: float = 0.0  # seconds that other runs have spent
+    rows: int | None = None  # windows at once, if there is not memory for as many as are fast
 
     @property
     def journal(self) -> Journal:
@@ -229,6 +235,24 @@ class _Job:
     def compute_dtype(self) -> torch.dtype:
         """float32 on the CPU; a GPU runs the model in its own dtype, and sums statistics in float32."""
         return torch.float32 if self.device.type == "cpu" else self.source.dtype
+
+    def keep_to(self, budget: int | str, data: Any, samples: int, seqlen: int, widths: tuple[int, ...]) -> None:
+        """Run fewer windows at once, if that keeps to some memory. Raises BudgetError if not even that does."""
+        known = estimate.Job(
+            self.source,
+            self.solver,
+            self.fmt,
+            self.plan,
+            self.device,
+            self.compute_dtype,
+            samples=0 if data is None else samples // self.ranks.count,
+            seqlen=0 if data is None else seqlen,
+            without=self.without,
+            text=data if isinstance(data, str) else None,
+            widths=widths,
+        )
+        rows = estimate.windows_at_once(known.seqlen)
+        self.rows = estimate.fitting(known, rows, mixing.parse_size("--max-memory", budget)).rows
 
     def prepare(
         self,
@@ -245,7 +269,7 @@ class _Job:
         What takes long to find is noted. Raises OutputError if the run before was of another job.
         """
         if source is not None:
-            _check_can_calibrate(self.source, self.plan, seqlen)
+            check_can_calibrate(self.source, self.plan, seqlen)
         own = isinstance(source, str) and source == sampling.SELF
         stream = None
         if source is not None and not own:
@@ -417,7 +441,17 @@ class _Job:
         streams, self.progress.streams = self.progress.streams, {}
         flow = None
         if tokens is not None:
-            flow = Flow(self.source, tower, tokens, self.device, self.compute_dtype, self._paired, streams, self.ranks)
+            flow = Flow(
+                self.source,
+                tower,
+                tokens,
+                self.device,
+                self.compute_dtype,
+                self._paired,
+                streams,
+                self.ranks,
+                self.rows,
+            )
             if start:
                 flow.go_on(streams)
         streams.clear()
