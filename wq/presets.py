@@ -1,6 +1,6 @@
 """Recipes with a name: how much text, which steps, and what comes after the last block.
 
-    fast      GPTQ from a few windows, all layers of a block learning from one pass
+    fast      GPTQ from a few windows, all layers learning from one pass of the dense model
     balanced  the default: every layer learns behind the quantized ones before it, what the dense model computes there
     best      balanced, and then the whole model at once (`distill`)
 

@@ -197,13 +197,13 @@ def test_a_run_that_was_killed_after_publishing_is_not_made_again(
 def test_a_signal_stops_within_a_block_and_the_same_command_goes_on(
     tiny_model: TinyModel, tmp_path: Path, number: signal.Signals
 ) -> None:
-    model = tiny_model("llama", num_hidden_layers=40)
+    model = tiny_model("llama", num_hidden_layers=24)
     options = ["--calibration", "builtin", "--samples", "16", "--seqlen", "32"]
     command = [sys.executable, "-m", "wq", "quantize", str(model), "-o", str(tmp_path / "out"), *options]
     heard = partial(signal.signal, number, signal.SIG_DFL)  # a shell's background jobs ignore ctrl-c
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=heard)
     assert process.stderr is not None
-    while not process.stderr.readline().startswith("block 2/40"):
+    while not process.stderr.readline().startswith("block 2/24"):
         assert process.poll() is None
     process.send_signal(number)
     rest = process.stderr.read()
@@ -213,12 +213,12 @@ def test_a_signal_stops_within_a_block_and_the_same_command_goes_on(
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "done before, going on" in done.stderr
-    assert "block 1/40" not in done.stderr
+    assert "block 1/24" not in done.stderr
 
 
 def test_killed_raced_and_starved_nothing_is_lost() -> None:
     """A short run of the script that counts; it prints its figures."""
     script = ROOT / "scripts" / "reliability.py"
-    done = subprocess.run([sys.executable, script, "--count", "5"], capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, script, "--count", "3"], capture_output=True, text=True, check=False)
     print(done.stdout)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -152,6 +152,14 @@ def windows_at_once(seqlen: int) -> int:
     return max(1, _BATCH_TOKENS // max(1, seqlen))
 
 
+def batch_sizes(windows: int, rows: int) -> list[int]:
+    """How many windows each batch has: `rows`, but for the first, in which one is enough to see how data flows."""
+    if not windows:
+        return []
+    full, rest = divmod(windows - 1, rows)
+    return [1, *[rows] * full, *[rest] * (rest > 0)]
+
+
 def estimate(job: Job, rows: int) -> Estimate:
     """What a job takes with `rows` windows of calibration at once; nothing is read.
 
@@ -264,13 +272,11 @@ def _around(tower: Tower) -> list[Tensor]:
 
 def _blocks(job: Job, rows: int) -> list[Moment]:
     """Capture, and one block of each kind."""
-    if not job.samples:
-        return _metered(job, 0, 0)
-    batches, least = job.samples / rows, _few(rows)
-    if batches <= least + 1:
-        return _metered(job, math.ceil(batches), min(rows, job.samples))
-    few, more = _metered(job, least, rows), _metered(job, least + 1, rows)
-    return [_extended(a, b, batches - least) for a, b in zip(few, more, strict=True)]
+    sizes, least = batch_sizes(job.samples, rows), _few(rows)
+    if len(sizes) <= least + 2:
+        return _metered(job, sizes)
+    few, more = _metered(job, [1, *[rows] * least]), _metered(job, [1, *[rows] * (least + 1)])
+    return [_extended(a, b, (job.samples - 1) / rows - least) for a, b in zip(few, more, strict=True)]
 
 
 def _few(rows: int) -> int:
@@ -290,11 +296,11 @@ def _extended(few: Moment, more: Moment, further: float) -> Moment:
     return replace(few, held=held, peaks=peaks, work=work)
 
 
-def _metered(job: Job, batches: int, rows: int) -> list[Moment]:
+def _metered(job: Job, sizes: list[int]) -> list[Moment]:
     declare_dtype(job.source.model, ("",), job.dtype)
     try:
         with metered(job.source.model, _share(job.plan)) as meter:
-            return list(_Walk(job, meter).run(batches, rows))
+            return list(_Walk(job, meter).run(sizes))
     except (NotImplementedError, RuntimeError) as error:
         raise ModelError(
             f"{job.source.name}: what it takes cannot be known beforehand, its code asks for values "
@@ -317,13 +323,13 @@ class _Walk:
     encoded: list[Tensor] = field(default_factory=list)
     dense_encoded: list[Tensor] = field(default_factory=list)
 
-    def run(self, batches: int, rows: int) -> Iterator[Moment]:
-        """Every moment with `batches` of `rows` windows, none if 0."""
+    def run(self, sizes: list[int]) -> Iterator[Moment]:
+        """Every moment with batches of so many windows."""
         towers = self.job.plan.towers
         for tower, blocks in towers:
             captured = dense = None
-            if batches:
-                inputs = self._inputs(tower, batches, rows)
+            if sizes:
+                inputs = self._inputs(tower, sizes)
                 yield self._captured(tower, blocks[0], inputs)
                 captured = self.last
                 dense = replace(captured, hidden=[h.clone() for h in captured.hidden]) if self.job.paired else None
@@ -334,9 +340,9 @@ class _Walk:
                 self.encoded = decoder.finish(tower.root, tower.blocks, inputs, captured)
                 self.dense_encoded = [] if dense is None else [one.clone() for one in self.encoded]
 
-    def _inputs(self, tower: Tower, batches: int, rows: int) -> list[dict[str, Any]]:
+    def _inputs(self, tower: Tower, sizes: list[int]) -> list[dict[str, Any]]:
         """As in `wq.pipeline.quantizer`: an encoder reads half of a window, its decoder the other."""
-        tokens = [torch.zeros(rows, self.job.seqlen, dtype=torch.int64, device="meta") for _ in range(batches)]
+        tokens = [torch.zeros(size, self.job.seqlen, dtype=torch.int64, device="meta") for size in sizes]
         half = max(1, self.job.seqlen // 2)
         if tower.reads_encoder:
             later = [functional.pad(ids[:, half:-1], (1, 0)) for ids in tokens]
@@ -383,7 +389,7 @@ class _Walk:
         )
         stages.run()
         if captured is not None:
-            captured.advance(module, index)
+            captured.hidden = stages.outputs or captured.outputs(module, index)
         if dense is not None and original is not None:  # the last layer's pass has moved it on, as a rule
             dense.hidden = stages.dense_outputs or [dense.run(original, index, i) for i in range(len(dense.hidden))]
         steps.append(self.meter.take())

@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from wq.machine import out_of_memory, release_memory
 from wq.pipeline import blocks as decoder
-from wq.pipeline.estimate import windows_at_once
+from wq.pipeline.estimate import batch_sizes, windows_at_once
 from wq.pipeline.progress import Streams
 from wq.pipeline.ranks import Ranks
 from wq.pipeline.source import Source
@@ -82,8 +82,8 @@ class Flow:
         self.device, self.dtype, self.paired = device, dtype, paired
         self.encoded = {name: stream for name, stream in encoded.items() if "encoded" in name}
         self.offloaded = False
-        rows = rows or windows_at_once(tokens.shape[1])
-        self.sizes = [len(batch) for batch in self.encoded.get("encoded", self.tokens.split(rows))]
+        self.sizes = [len(batch) for batch in self.encoded.get("encoded", ())]
+        self.sizes = self.sizes or batch_sizes(len(self.tokens), rows or windows_at_once(tokens.shape[1]))
         self.quantized = decoder.Captured([], [], [])
         self.dense: decoder.Captured | None = None
         self.attempt(self._capture)
@@ -100,15 +100,17 @@ class Flow:
         self.attempt(self._capture)
         self._put(streams["hidden"], streams.get("dense"))
 
-    def advance(self, block: nn.Module, original: nn.Module | None, index: int, known: list[Tensor]) -> None:
-        """Replace hidden states by what block `index` makes of them. original: the dense block; known: its outputs.
+    def advance(
+        self, block: nn.Module, original: nn.Module | None, index: int, known: list[Tensor], dense_known: list[Tensor]
+    ) -> None:
+        """Replace hidden states by what block `index` makes of them, which may be known.
 
-        Both streams move, or neither. Raises NotFiniteError.
+        original: the dense block, if the dense model runs beside. Both streams move, or neither. Raises NotFiniteError.
         """
-        hidden = self.quantized.outputs(block, index)
+        hidden = known or self.quantized.outputs(block, index)
         dense = None
         if self.dense is not None and original is not None:
-            dense = known or self.dense.outputs(original, index)
+            dense = dense_known or self.dense.outputs(original, index)
         self._put(hidden, dense)
 
     def finish(self) -> Streams:

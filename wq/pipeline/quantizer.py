@@ -50,7 +50,8 @@ from wq.structure.towers import Tower
 
 _MOST_LEFT_OUT = 0.1  # of the calibration windows
 
-STEPS = ("sequence",)  # the pipeline's own: a layer learns behind those of its block that are quantized before it
+# The pipeline's own: a layer learns behind those that are quantized before it, and not from the dense model's pass.
+STEPS = ("sequence",)
 
 BlockCallback = Callable[[dict[str, Any]], None]
 Finish = Callable[[Path, Tensor | None, Journal], dict[str, Any]]
@@ -532,7 +533,7 @@ class _Job:
         )
         records = stages.run()
         if flow is not None and not last:
-            flow.advance(block.module, original, index, stages.dense_outputs)
+            flow.advance(block.module, original, index, stages.outputs, stages.dense_outputs)
         return records
 
     def _write_dense(self, writer: ShardWriter, prefix: str, excluding: tuple[str, ...] = ()) -> None:

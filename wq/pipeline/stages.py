@@ -35,9 +35,10 @@ class Stages:
     forward: runs the block on a batch of calibration; None for a solver that needs none. windows: how many each batch
     has. dense: the dense block, and its run on the dense model's hidden states, for a solver that asks for pairs.
     schemes: of layers and parameters of experts, by path; layers that read one input have the same one, and so have all
-    experts. without: steps that are left out. changed: dense parameters that folding altered, by path. known:
-    statistics that were collected ahead. dense_outputs: the dense block's outputs, if it ran to the end. ranks: the
-    processes that have windows; first: the number of the first window here.
+    experts. without: steps that are left out. ranks: the processes that have windows; first: the number of the first
+    window here. changed: dense parameters that folding altered, by path. known: statistics that were collected ahead.
+    outputs: what the block made of its input before it was quantized, if all its layers learn from that pass; then the
+    next block learns from it, too. dense_outputs: what the dense block made of the dense model's, if it ran to the end.
     """
 
     source: Source
@@ -55,6 +56,7 @@ class Stages:
     first: int = 0
     changed: set[str] = field(default_factory=set)
     known: dict[str, Statistics] = field(default_factory=dict)
+    outputs: list[Tensor] = field(default_factory=list)
     dense_outputs: list[Tensor] = field(default_factory=list)
     traced: decoder.Traced = field(default_factory=lambda: decoder.Traced([], {}, {}))
 
@@ -66,18 +68,25 @@ class Stages:
             left[name.rpartition(".")[0]] = module.get_submodule(name.rpartition(".")[0])
         records: list[dict[str, Any]] = []
         if self.forward is not None and left:
-            traced = self.traced = decoder.trace(module, left, lambda: self._forward(0))
+            traced = self.traced = self._trace(left)
             if hasattr(self.solver, "input_scales"):
                 self._fold([group for group in traced.groups if is_linear(left[group[0]])], left, traced.producers)
             if "sequence" in self.without:
                 names = [group[0] for group in traced.groups if is_linear(left[group[0]])]
-                found = collect([left[name] for name in names], self._forward, self.windows, self.ranks)
+                found = collect([left[name] for name in names], self._forward, self.windows, self.ranks, self.outputs)
                 self.known = dict(zip(names, found, strict=True))
             for group in traced.groups:
                 records += self._stage({name: left.pop(name) for name in group})
         for name, reader in left.items():  # no data asked for, or a layer that calibration never reached
             records += self._without_data(name, reader)
         return records
+
+    def _trace(self, readers: dict[str, nn.Module]) -> decoder.Traced:
+        """How data flows, by the first batch; by the second, a larger one, if that does not reach all layers."""
+        traced = decoder.trace(self.block.module, readers, lambda: self._forward(0))
+        if sum(map(len, traced.groups)) < len(readers) and len(self.windows) > 1:
+            return decoder.trace(self.block.module, readers, lambda: self._forward(1))
+        return traced
 
     def _forward(self, batch: int) -> Tensor:
         assert self.forward is not None

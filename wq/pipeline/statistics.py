@@ -26,10 +26,13 @@ Run = Callable[[int], Any]
 
 
 @torch.no_grad()
-def collect(readers: list[nn.Module], run: Run, windows: Sequence[int], ranks: Ranks) -> list[Statistics]:
-    """Statistics of each reader's input over all batches, of all processes; a pass stops once the last has its input.
+def collect(
+    readers: list[nn.Module], run: Run, windows: Sequence[int], ranks: Ranks, outputs: list[Tensor] | None = None
+) -> list[Statistics]:
+    """Statistics of each reader's input over all batches, of all processes.
 
-    windows: how many each batch has.
+    windows: how many each batch has. outputs: takes what the passes return, if that is wanted; else a pass stops once
+    the last reader has its input.
     """
     sums = [SecondMoment(*_place(reader)) for reader in readers]
     by_reader = {id(reader): total for reader, total in zip(readers, sums, strict=True)}
@@ -40,7 +43,7 @@ def collect(readers: list[nn.Module], run: Run, windows: Sequence[int], ranks: R
         for window in _windows(args[0], windows[batch]):
             by_reader[id(module)].add(window)
         left -= 1
-        if not left:
+        if not left and outputs is None:
             raise Stop
 
     with ExitStack() as hooks:
@@ -49,7 +52,9 @@ def collect(readers: list[nn.Module], run: Run, windows: Sequence[int], ranks: R
         for batch in range(len(windows)):
             left = len(readers)
             with suppress(Stop):
-                run(batch)
+                made = run(batch)
+                if outputs is not None:
+                    outputs.append(made)
     return [total.over(ranks).result() for total in sums]
 
 
