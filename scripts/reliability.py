@@ -123,9 +123,10 @@ def _resume(work: Path, architecture: str, method: str, kills: int, draw: random
         tally["runs"] += 1
         done = 0
         while True:
-            code, first, last = _run(source, work, options, draw.uniform(0, seconds), tally["kills"] < kills)
-            tally["redone"] += max(0, done - first)
-            done = last
+            code, told = _run(source, work, options, draw.uniform(0, seconds), tally["kills"] < kills)
+            if told:  # else it was killed before it had begun
+                tally["redone"] += max(0, done - min(block - 1 for block in told))
+                done = max(told)
             if code != -signal.SIGKILL:
                 break
             tally["kills"] += 1
@@ -136,12 +137,13 @@ def _resume(work: Path, architecture: str, method: str, kills: int, draw: random
     return dict(tally)
 
 
-def _run(source: Path, work: Path, options: Record, delay: float, kill: bool) -> tuple[int, int, int]:
-    """One run, killed after `delay` seconds if it is still at it: how it ended, the block it began behind, its last."""
+def _run(source: Path, work: Path, options: Record, delay: float, kill: bool) -> tuple[int, list[int]]:
+    """One run, killed after `delay` seconds if it is still at it: how it ended, and the blocks that it has done."""
     read, write = os.pipe()
 
     def tell(event: Record) -> None:
-        os.write(write, bytes([event["block"] + 100 * event.get("resumed", False)]))
+        if not event.get("resumed"):
+            os.write(write, bytes([event["block"]]))
 
     pid = fork(lambda: quantize(source, work / "out", on_block=tell, **options) and None)
     os.close(write)
@@ -152,8 +154,7 @@ def _run(source: Path, work: Path, options: Record, delay: float, kill: bool) ->
     code = ended(pid)
     told = list(os.read(read, 1000))
     os.close(read)
-    first = next((block - 100 for block in told if block > 100), 0)
-    return code, first, max((block for block in told if block < 100), default=first)
+    return code, told
 
 
 # --- kills while a checkpoint takes its place ---

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import wq
 from wq import formats, manifest, quantized
 from wq.checkpoint import Entry, ShardWriter, Spec, read_headers, read_tensor, write_text
 from wq.errors import CheckpointError, FormatError
@@ -75,7 +76,8 @@ def convert(
         for file in folder.iterdir():
             if file.is_file() and file.suffix != ".safetensors" and file.name not in _LEFT:
                 shutil.copyfile(file, stage / file.name)
-        manifest.write(stage)
+        versions = {"wq": wq.__version__, "torch": torch.__version__}
+        manifest.write(stage, {"command": f"wq convert --to {to}", "versions": versions})
     return {"output": str(path), "format": to, "layers": len(layers), "identical": len(layers)}
 
 

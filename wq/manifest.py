@@ -1,4 +1,4 @@
-"""`wq_manifest.json`: the size and sha256 of every file that decides what a checkpoint computes.
+"""`wq_manifest.json`: the size and sha256 of every file that decides what a checkpoint computes, and what made them.
 
 Covered are weights, config and tokenizer. The card and the report are not: `wq eval` rewrites both. A flipped bit in
 the codes of a layer is another valid code, so nothing but this file finds it.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,10 @@ _REWRITTEN = (MANIFEST, "wq_report.json", "README.md")  # itself, and what evalu
 _PIECE = 1 << 22  # bytes read at once
 
 
-def write(folder: Path) -> None:
-    """Write the manifest of the files that are in `folder` now; they must be complete."""
+def write(folder: Path, made_by: Mapping[str, Any] | None = None) -> None:
+    """Write the manifest of the files that are in `folder` now; they must be complete. made_by: what else to note."""
     files = {name: {"bytes": (folder / name).stat().st_size, "sha256": sha256(folder / name)} for name in names(folder)}
-    write_text(folder / MANIFEST, json.dumps({"version": VERSION, "files": files}, indent=1) + "\n")
+    write_text(folder / MANIFEST, json.dumps({"version": VERSION, **(made_by or {}), "files": files}, indent=1) + "\n")
 
 
 def read(folder: Path) -> dict[str, dict[str, Any]] | None:

@@ -186,7 +186,7 @@ def _describe(stage: Path, made: dict[str, Any]) -> None:
     """Write the report, the card and the manifest of what is in the folder."""
     made["checkpoint_bytes"] = sum(file.stat().st_size for file in stage.glob("*.safetensors"))
     report.save(made, stage)
-    manifest.write(stage)
+    manifest.write(stage, {name: made[name] for name in ("command", "versions")})
 
 
 def wished(bits: int | None, group_size: int | None, symmetric: bool) -> Scheme:
@@ -589,6 +589,7 @@ def _report(
         "seconds": round(job.before + time.perf_counter() - started, 1),
         "peak_rss_bytes": peak_rss_bytes(),
         "device": str(job.device),
+        "processes": job.ranks.count,
         "command": _command(),
         "versions": _versions() | {"python": platform.python_version()},
     }
