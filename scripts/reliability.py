@@ -7,6 +7,8 @@
     save    SIGKILL while a checkpoint takes the place of another; what is there must be all of one or all of the other,
             and the next run must leave nothing beside it
     race    two processes write to one folder at once; what is there must be whole
+    memory  an operation fails for want of memory, any of them in turn; the checkpoint must have the same bytes
+    soak    quantize, load and generate for --count minutes; memory and open files must not grow
     full    a disk of every size (tmpfs, for which one has to be root): refused with what is needed, the old checkpoint
             whole, and the run goes on once there is room
 
@@ -18,19 +20,21 @@ from __future__ import annotations
 import argparse
 import contextlib
 import datetime
+import gc
 import json
 import os
 import platform
 import random
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,15 +44,17 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 import tiny_models  # noqa: E402
 import torch  # noqa: E402
+from faults import Faults  # noqa: E402
 
 import wq  # noqa: E402
 from wq import manifest  # noqa: E402
 from wq.errors import WqError  # noqa: E402
+from wq.machine import release_memory  # noqa: E402
 from wq.presets import quantize  # noqa: E402
 
 ARCHITECTURES = ("llama", "mixtral", "qwen3", "llava", "t5")  # dense, experts, tied, image and text, encoder-decoder
 METHODS = ("gptq", "awq", "rtn")
-COUNTS = {"resume": 100, "save": 200, "race": 50, "full": 50}
+COUNTS = {"resume": 100, "save": 200, "race": 50, "full": 50, "memory": 200, "soak": 30}
 OPTIONS: dict[str, Any] = {"calibration": "builtin", "samples": 16, "seqlen": 32, "group_size": 32}
 Record = dict[str, Any]
 
@@ -294,14 +300,83 @@ def disk(folder: Path, size: int) -> Iterator[Path | None]:
             subprocess.run(["umount", str(folder)], check=True)
 
 
-PARTS = {"resume": resume, "save": save, "race": race, "full": full}
+# --- no memory ---
+
+
+def memory(count: int, work: Path, seed: int) -> Record:
+    """Operations that fail, evenly spread over a run."""
+    kinds = [("llama", "gptq"), ("mixtral", "awq"), ("t5", "gptq"), ("llava", "gptq"), ("mixtral", "gptq")]
+    tally: Counter[str] = Counter(sites=0, same_bytes=0, different=0, ended=0)
+    for architecture, method in kinds:
+        source = tiny_models.make(work / architecture, architecture)
+        options = {"method": method, "overwrite": True, "restart": True, **OPTIONS}
+        with Faults() as counted:
+            quantize(source, work / "one", **options)
+        made, sites = whole(work / "one"), count // len(kinds)
+        for site in range(sites):
+            tally["sites"] += 1
+            at = counted.count // 20 + counted.count * 9 // 10 * site // sites
+            try:
+                with Faults(at):
+                    quantize(source, work / "two", **options)
+            except torch.OutOfMemoryError:
+                tally["ended"] += 1
+            else:
+                tally["same_bytes" if whole(work / "two") == made else "different"] += 1
+    print(f"memory: {dict(tally)}", flush=True)
+    return {**tally, "good": not (tally["different"] or tally["ended"])}
+
+
+# --- for a long time ---
+
+
+def soak(count: int, work: Path, seed: int) -> Record:
+    """Quantize, load and generate for `count` minutes."""
+    import psutil
+
+    from wq.hf import load
+
+    sources = [tiny_models.make(work / name, name) for name in ("llama", "mixtral")]
+    process, start, found = psutil.Process(), torch.arange(2, 12).unsqueeze(0), []
+    stop = time.perf_counter() + 60 * count
+    while time.perf_counter() < stop or len(found) < 10:
+        for source in sources:
+            quantize(source, work / "out", overwrite=True, **OPTIONS)
+            model, _ = load(work / "out")
+            with torch.no_grad():
+                model.generate(start, max_new_tokens=8, do_sample=False)
+            del model
+        gc.collect()
+        release_memory()
+        found.append((process.memory_info().rss, process.num_fds()))
+    settled = found[len(found) // 5 :]  # what is cached once is there by then
+    rss, files = zip(*settled, strict=True)
+    growth = _slope(rss) * len(rss)
+    tally = {
+        "minutes": count,
+        "rounds": len(found),
+        "rss_bytes": [rss[0], rss[-1]],
+        "rss_growth_bytes": round(growth),
+        "open_files": [files[0], files[-1]],
+        "good": growth < 0.02 * rss[0] and files[-1] <= files[0],
+    }
+    print(f"soak: {tally}", flush=True)
+    return tally
+
+
+def _slope(values: Sequence[float]) -> float:
+    """By which values grow from one to the next, by least squares."""
+    return statistics.linear_regression(range(len(values)), values).slope
+
+
+PARTS = {"resume": resume, "save": save, "race": race, "full": full, "memory": memory, "soak": soak}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, help="the JSON file to write")
     parser.add_argument("--only", choices=PARTS, action="append", help="may be repeated")
-    parser.add_argument("--count", type=int, help=f"of each; default: {COUNTS}")
+    parser.add_argument("--count", type=int, help=f"of each, or minutes; default: {COUNTS}")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     torch.set_num_threads(1)

@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from faults import Faults
 from safetensors.torch import load_file, save_file
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from wq import manifest
 from wq.errors import BudgetError, CalibrationError, CheckpointError
@@ -21,24 +20,6 @@ from wq.presets import quantize
 TinyModel = Callable[..., Path]
 OPTIONS: dict[str, Any] = {"calibration": "builtin", "samples": 16, "seqlen": 32, "group_size": 32}
 MEASURED = ("seconds", "peak_rss_bytes")
-
-
-class Faults(TorchDispatchMode):
-    """Runs out of memory at operation number `at`, and whenever a result is larger than `limit` bytes."""
-
-    def __init__(self, at: int | None = None, limit: float = float("inf")):
-        super().__init__()
-        self.at, self.limit, self.count, self.failed, self.largest = at, limit, 0, 0, 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += 1
-        made = func(*args, **(kwargs or {}))
-        sizes = [t.nbytes for t in tree_leaves(made) if isinstance(t, torch.Tensor) and not t.is_meta]
-        self.largest = max([self.largest, *sizes])
-        if self.count == self.at or max(sizes, default=0) > self.limit:
-            self.failed += 1
-            raise torch.OutOfMemoryError(f"injected at operation {self.count}, {func}")
-        return made
 
 
 def files(folder: Path) -> dict[str, Any]:
