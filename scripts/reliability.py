@@ -12,7 +12,8 @@
     full    a disk of every size (tmpfs, for which one has to be root): refused with what is needed, the old checkpoint
             whole, and the run goes on once there is room
 
-Each prints its counts. Models are random and tiny; what runs in a process of its own is forked, for speed.
+Each prints its counts. Models are random and tiny. What runs in a process of its own is forked from one that has
+imported everything and computed nothing: a process that has computed has threads, which no fork survives.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import contextlib
 import datetime
 import gc
 import json
+import multiprocessing
 import os
 import platform
 import random
@@ -32,15 +34,16 @@ import subprocess
 import sys
 import tempfile
 import time
-import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 os.environ["OMP_NUM_THREADS"] = "1"  # a forked process has one thread, whatever its parent had
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
+os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *sys.path[:1], os.environ.get("PYTHONPATH", "")])  # of forks
 
 import tiny_models  # noqa: E402
 import torch  # noqa: E402
@@ -57,30 +60,78 @@ METHODS = ("gptq", "awq", "rtn")
 COUNTS = {"resume": 100, "save": 200, "race": 50, "full": 50, "memory": 200, "soak": 30}
 OPTIONS: dict[str, Any] = {"calibration": "builtin", "samples": 16, "seqlen": 32, "group_size": 32}
 Record = dict[str, Any]
+NEW: Record = {"bits": 4, "method": "rtn", "overwrite": True, **OPTIONS}
+SERVER = multiprocessing.get_context("forkserver")
+MODELS = ("clip", "llama", "llava", "mixtral", "qwen3", "t5")
+SERVER.set_forkserver_preload(
+    [
+        "tiny_models",
+        "faults",
+        "wq.presets",
+        "wq.hf",
+        *(f"transformers.models.{name}.modeling_{name}" for name in MODELS),
+    ]
+)
 
 
-def fork(work: Callable[[], None], log: Path | None = None) -> int:
-    """Do something in a process of its own; its pid. It ends with 0, 3 for a WqError, 1 for any other."""
-    sys.stdout.flush()
-    pid = os.fork()
-    if pid:
-        return pid
-    code = 1
+@dataclass
+class Run:
+    """`quantize` in a process of its own, which tells the number of each block that it has done."""
+
+    source: Path
+    out: Path
+    options: Record
+
+    def __post_init__(self) -> None:
+        self._ear, mouth = SERVER.Pipe(duplex=False)
+        self.process = SERVER.Process(target=_work, args=(self.source, self.out, self.options, mouth))
+        self.process.start()
+        mouth.close()
+
+    def begun(self) -> None:
+        """Wait until it begins."""
+        self._ear.recv()
+
+    def kill(self) -> None:
+        self.process.kill()
+
+    def end(self) -> int:
+        """Its exit status, negative for a signal: 0, 3 for a WqError, 1 for any other. Only to be asked once."""
+        self.process.join()
+        self.said: list[Any] = []
+        with contextlib.suppress(EOFError, OSError):
+            while True:
+                self.said.append(self._ear.recv())
+        self._ear.close()
+        code = self.process.exitcode
+        self.process.close()
+        assert code is not None
+        return code
+
+    @property
+    def blocks(self) -> list[int]:
+        """Those that it has done."""
+        return [word for word in self.said if isinstance(word, int) and word]
+
+    @property
+    def error(self) -> str:
+        """What it was refused with."""
+        return next((word for word in self.said if isinstance(word, str)), "")
+
+
+def _work(source: Path, out: Path, options: Record, mouth: Any) -> None:
+    torch.set_num_threads(1)
+
+    def tell(event: Record) -> None:
+        if not event.get("resumed"):
+            mouth.send(event["block"])
+
+    mouth.send(0)
     try:
-        work()
-        code = 0
+        quantize(source, out, on_block=tell, **options)
     except WqError as error:
-        code = 3
-        if log is not None:
-            log.write_text(str(error))
-    except BaseException:
-        traceback.print_exc()
-    os._exit(code)
-
-
-def ended(pid: int) -> int:
-    """The exit status of a process, negative for a signal."""
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        mouth.send(str(error))
+        sys.exit(3)
 
 
 def whole(folder: Path) -> str | None:
@@ -119,8 +170,10 @@ def _resume(work: Path, architecture: str, method: str, kills: int, draw: random
     source = tiny_models.make(work / "dense", architecture)
     options = {**OPTIONS, "method": method}
     quantize(source, work / "once", **options)
+    run = Run(source, work / "unbroken", options)
+    run.begun()
     started = time.perf_counter()
-    quantize(source, work / "unbroken", **options)
+    assert run.end() == 0
     seconds, made = time.perf_counter() - started, whole(work / "unbroken")
     assert made is not None
     assert whole(work / "once") == made
@@ -129,38 +182,24 @@ def _resume(work: Path, architecture: str, method: str, kills: int, draw: random
         tally["runs"] += 1
         done = 0
         while True:
-            code, told = _run(source, work, options, draw.uniform(0, seconds), tally["kills"] < kills)
-            if told:  # else it was killed before it had begun
-                tally["redone"] += max(0, done - min(block - 1 for block in told))
-                done = max(told)
+            run = Run(source, work / "out", options)
+            if tally["kills"] < kills:
+                run.begun()
+                time.sleep(draw.uniform(0, seconds))
+                run.kill()
+            code = run.end()
+            if run.blocks:  # else it was killed before it had done one
+                tally["redone"] += max(0, done - min(run.blocks) + 1)
+                done = max(run.blocks)
             if code != -signal.SIGKILL:
                 break
             tally["kills"] += 1
-        same = code == 0 and whole(work / "out") == made
+        # Killed when all was done but for the last tidying up, it has ended: a folder that is there is refused then.
+        same = whole(work / "out") == made and (code == 0 or "is not empty" in run.error)
         tally["identical" if same else "different"] += 1
         tally["left"] += len(beside(work, work / "dense", work / "once", work / "unbroken", work / "out"))
         shutil.rmtree(work / "out", ignore_errors=True)
     return dict(tally)
-
-
-def _run(source: Path, work: Path, options: Record, delay: float, kill: bool) -> tuple[int, list[int]]:
-    """One run, killed after `delay` seconds if it is still at it: how it ended, and the blocks that it has done."""
-    read, write = os.pipe()
-
-    def tell(event: Record) -> None:
-        if not event.get("resumed"):
-            os.write(write, bytes([event["block"]]))
-
-    pid = fork(lambda: quantize(source, work / "out", on_block=tell, **options) and None)
-    os.close(write)
-    if kill:
-        time.sleep(delay)
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-    code = ended(pid)
-    told = list(os.read(read, 1000))
-    os.close(read)
-    return code, told
 
 
 # --- kills while a checkpoint takes its place ---
@@ -179,12 +218,12 @@ def save(count: int, work: Path, seed: int) -> Record:
     while tally["kills"] < count:
         shutil.rmtree(out.parent, ignore_errors=True)
         shutil.copytree(work / "old", out)
-        pid, ready = _saving(source, out)
-        os.read(ready, 1)
+        run = Run(source, out, NEW)
+        for _ in range(3):  # it begins, and has done two blocks: all tensors are written
+            run.begun()
         time.sleep(draw.uniform(0, length))
-        os.kill(pid, signal.SIGKILL)
-        os.close(ready)
-        tally["kills"] += ended(pid) == -signal.SIGKILL
+        run.kill()
+        tally["kills"] += run.end() == -signal.SIGKILL
         found = whole(out)
         tally[next((name for name, state in states.items() if found == state), "mixed")] += 1
         quantize(source, out, bits=4, method="rtn", overwrite=True, **OPTIONS)
@@ -194,28 +233,14 @@ def save(count: int, work: Path, seed: int) -> Record:
     return {**tally, "good": not (tally["mixed"] or tally["left"] or tally["wrong_next"])}
 
 
-def _saving(source: Path, out: Path) -> tuple[int, int]:
-    """A process that tells, by a byte on the pipe returned, when its tensors are written and the rest begins."""
-    read, write = os.pipe()
-
-    def tell(event: Record) -> None:
-        if event["block"] == event["blocks"]:
-            os.write(write, b"x")
-
-    options = {"bits": 4, "method": "rtn", "overwrite": True, "on_block": tell, **OPTIONS}
-    pid = fork(lambda: quantize(source, out, **options) and None)
-    os.close(write)
-    return pid, read
-
-
 def _publishing(source: Path, work: Path) -> float:
     """How long the rest takes."""
     shutil.copytree(work / "old", work / "place" / "out")
-    pid, ready = _saving(source, work / "place" / "out")
-    os.read(ready, 1)
+    run = Run(source, work / "place" / "out", NEW)
+    for _ in range(3):
+        run.begun()
     started = time.perf_counter()
-    assert ended(pid) == 0
-    os.close(ready)
+    assert run.end() == 0
     return time.perf_counter() - started
 
 
@@ -230,12 +255,11 @@ def race(count: int, work: Path, seed: int) -> Record:
     tally = Counter(races=0, one_refused=0, both_wrote=0, corrupt=0, left=0)
     while tally["races"] < count:
         shutil.rmtree(out.parent, ignore_errors=True)
-        pids = []
+        runs = []
         for _ in range(2):
-            options = {"method": "rtn", "overwrite": True, **OPTIONS}
-            pids.append(fork(lambda options=options: quantize(source, out, **options) and None))
+            runs.append(Run(source, out, {"method": "rtn", "overwrite": True, **OPTIONS}))
             time.sleep(draw.uniform(0, 0.02))
-        codes = sorted(ended(pid) for pid in pids)
+        codes = sorted(run.end() for run in runs)
         tally["races"] += 1
         tally["one_refused"] += codes == [0, 3]
         tally["both_wrote"] += codes == [0, 0]
@@ -268,18 +292,15 @@ def full(count: int, work: Path, seed: int) -> Record:
 
 def _full(source: Path, work: Path, out: Path, made: str | None, options: Record, tally: Counter[str]) -> None:
     shutil.copytree(work / "alone", out)
-    log = work / "said"
-    log.unlink(missing_ok=True)
     tally["sizes"] += 1
-    code = ended(fork(lambda: quantize(source, out, overwrite=True, **{**options, "seed": 1}) and None, log))
+    run = Run(source, out, {**options, "seed": 1, "overwrite": True})
+    code = run.end()
     tally["done"] += code == 0
     if code == 0:
         return
     tally["refused"] += code == 3
-    said = log.read_text() if log.exists() else ""
-    tally["not_told"] += code != 3 or not any(
-        word in said for word in ("bytes are needed", "cannot reserve", "is full")
-    )
+    told = any(words in run.error for words in ("bytes are needed", "cannot reserve", "is full"))
+    tally["not_told"] += code != 3 or not told
     tally["old_lost"] += whole(out) != made
     subprocess.run(["mount", "-o", "remount,size=64m", str(out.parent)], check=True)
     events: list[Record] = []
