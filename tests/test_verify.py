@@ -19,11 +19,10 @@ from tiny_models import ALL
 from torch import Tensor
 
 from wq import manifest, quantize
-from wq.checkpoint import INDEX, SINGLE, Entry, ShardWriter, Spec
+from wq.checkpoint import _PIECE, INDEX, SINGLE, Entry, ShardWriter, Spec, pieces
 from wq.convert import convert
 from wq.errors import CheckpointError, UnknownNameError, WqError
 from wq.verify import verify
-from wq.verify.values import _PIECE, _pieces
 from wq_kernels import stream
 
 TinyModel = Callable[..., Path]
@@ -595,7 +594,7 @@ def test_large_tensors_are_looked_at_in_pieces(tmp_path: Path) -> None:
     file = tmp_path / "x"
     file.write_bytes(bytes(3 * _PIECE + 8))
     entry = Entry(torch.float16, (3 * _PIECE // 2 + 4,), file, 0, 3 * _PIECE + 8)
-    sizes = [piece.numel() * 2 for piece in _pieces(entry)]
+    sizes = [piece.numel() * 2 for piece in pieces(entry)]
     assert sizes == [_PIECE, _PIECE, _PIECE, 8]
 
 

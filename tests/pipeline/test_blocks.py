@@ -20,6 +20,7 @@ from transformers import (
 
 from wq.errors import ModelError
 from wq.pipeline import blocks as decoder
+from wq.pipeline.ranks import Ranks
 from wq.pipeline.statistics import collect
 from wq.structure.linears import find_linears
 from wq.structure.towers import find_towers, model_class
@@ -118,7 +119,7 @@ def test_only_the_text_of_a_model_that_sees_is_a_stack_of_blocks(architecture: s
 def test_statistics_are_the_mean_of_x_xt_over_every_token(generator: torch.Generator) -> None:
     layer = nn.Linear(24, 8)
     inputs = [torch.randn(3, 7, 24, generator=generator), torch.randn(1, 5, 24, generator=generator)]
-    (statistics,) = collect([layer], lambda i: layer(inputs[i]), 2)
+    (statistics,) = collect([layer], lambda i: layer(inputs[i]), [len(x) for x in inputs], Ranks())
     rows = torch.cat([x.flatten(0, 1) for x in inputs]).double()
     expected = rows.T @ rows / len(rows)
     assert statistics.tokens == 26
@@ -133,7 +134,7 @@ def test_a_pass_stops_once_it_has_what_it_came_for() -> None:
         second(first(torch.ones(1, 4)))
         ran.append(batch)
 
-    collect([first], run, 3)
+    collect([first], run, [1, 1, 1], Ranks())
     assert ran == []
 
 

@@ -62,7 +62,7 @@ def test_memory_for_few_windows_at_once_is_enough(
     with Faults() as free:
         quantize(tiny_model(architecture), tmp_path / "one", **options)
     assert not seen
-    with Faults(limit=free.largest / 4) as tight:
+    with Faults(limit=free.largest / 2.5) as tight:
         quantize(tiny_model(architecture), tmp_path / "two", **options)
     assert tight.failed > 1
     assert seen[-1] < 32

@@ -164,7 +164,7 @@ def test_a_model_calibrates_itself(tiny_model: TinyModel, tmp_path: Path) -> Non
         quantize(tiny_model(), tmp_path / name, seed=seed, **options) for name, seed in (("a", 3), ("b", 3), ("c", 4))
     ]
     record = made[0]["calibration"]
-    described = {"source": "self", "samples": 12, "wanted": 12, "seqlen": 24, "seed": 3, "sha256": ""}
+    described = {"source": "self", "samples": 12, "wanted": 12, "seqlen": 24, "seed": 3, "sha256": "", "left_out": []}
     assert {**record, "sha256": ""} == described
     assert made[1]["calibration"] == record
     assert made[2]["calibration"]["sha256"] != record["sha256"]
