@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from wq.errors import WqError
+from wq.errors import ProcessError, WqError
 
 
 class _Interrupted(Exception):
@@ -95,10 +95,12 @@ def main() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         app(standalone_mode=False)
+    except ProcessError as error:
+        _fail(_told(f"{type(error).__name__}: {error}", error), 1, echo=True)
     except WqError as error:
         _fail(_told(f"{type(error).__name__}: {error}", error), 1)
     except (_Interrupted, typer.Abort, KeyboardInterrupt) as error:
-        _fail(_told("interrupted", error.__cause__ or error), 130)
+        _fail(_told("interrupted", error.__cause__ or error), 130, echo=True)
     except Exception as error:
         usage = getattr(error, "format_message", None)  # click's way of saying that the words were wrong
         if usage is None:
@@ -112,11 +114,12 @@ def _told(message: str, error: BaseException) -> str:
     return "\n".join([message, *notes]) if notes or isinstance(error, WqError) else f"{message}; nothing was written"
 
 
-def _fail(message: str, code: int) -> None:
-    """End with a message; of several processes the first speaks for all."""
-    if os.environ.get("RANK", "0") != "0":
-        sys.exit(code)
-    _err.print(message, style="red", markup=False, highlight=False, soft_wrap=True)
+def _fail(message: str, code: int, echo: bool = False) -> None:
+    """End with a message. echo: whether another of several processes says it, if this is not the first one."""
+    rank = int(os.environ.get("RANK", "0")) if int(os.environ.get("WORLD_SIZE", "1")) > 1 else 0
+    if not (echo and rank):
+        place = f"process {rank}: " if rank else ""
+        _err.print(place + message, style="red", markup=False, highlight=False, soft_wrap=True)
     sys.exit(code)
 
 

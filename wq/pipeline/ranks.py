@@ -11,7 +11,6 @@ import datetime
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import pairwise
 from typing import Any, TypeVar
 
 import torch
@@ -41,12 +40,7 @@ class Ranks:
 
     def share(self, count: int) -> slice:
         """This process's part of a row of things, as even as can be."""
-        return self.shares(count)[self.rank]
-
-    def shares(self, count: int) -> list[slice]:
-        """Everyone's part."""
-        bounds = [count * rank // self.count for rank in range(self.count + 1)]
-        return [slice(start, stop) for start, stop in pairwise(bounds)]
+        return slice(count * self.rank // self.count, count * (self.rank + 1) // self.count)
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Add up everyone's tensor, in place."""
@@ -80,7 +74,10 @@ class Ranks:
         return found
 
     def first(self, work: Callable[[], T]) -> T:
-        """What the first process makes, small and without tensors, for all; if it fails, all do, in the same way."""
+        """What the first process makes, small and without tensors, for all.
+
+        Raises what it is refused with; in the others ProcessError, for the first one speaks for all.
+        """
         if self.alone:
             return work()
         told: list[Any] = [None, None]
@@ -92,7 +89,7 @@ class Ranks:
         with _together():
             dist.broadcast_object_list(told, 0)
         if told[1] is not None:
-            raise told[1]
+            raise told[1] if self.is_first else ProcessError(f"the first process was refused: {told[1]}")
         made: T = told[0]
         return made
 
