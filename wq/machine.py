@@ -36,7 +36,12 @@ def free_bytes(device: str | torch.device) -> int:
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether an allocation failed, on whatever device."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or tells_of_memory(str(error))
+
+
+def tells_of_memory(message: str) -> bool:
+    """Whether that is what a message says: torch's, of a CPU or of an accelerator."""
+    return "can't allocate memory" in message or "out of memory" in message.lower()
 
 
 def keep_memory_tight() -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from wq import WqConfig
+from wq.checkpoint import check_finite
 from wq.errors import WqError
 from wq.hf import load
 from wq.pipeline.source import open_source
@@ -73,6 +74,7 @@ def through_source(folder: Path, reference: State | None = None) -> Outcome:
 
     def opened() -> Outcome:
         with open_source(folder) as source:
+            check_finite(source.entries)
             source.load(("",), torch.device("cpu"), source.dtype)
             return _compared(source.model.state_dict(), reference)
 

@@ -69,6 +69,28 @@ def test_memory_for_few_windows_at_once_is_enough(
     assert files(tmp_path / "one") == files(tmp_path / "two")
 
 
+def test_memory_that_runs_out_while_a_block_is_loaded_is_met_as_well(
+    tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers reads in threads, and keeps what is raised there to itself."""
+    from transformers import core_model_loading
+
+    copy, failed = core_model_loading._materialize_copy, []
+
+    def short(tensor: Any, *place: Any) -> torch.Tensor:
+        made = copy(tensor, *place)
+        if len(failed) < 3 and made.dim() == 2:
+            failed.append(made.shape)
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+        return made
+
+    quantize(tiny_model(), tmp_path / "one", **OPTIONS)
+    monkeypatch.setattr(core_model_loading, "_materialize_copy", short)
+    quantize(tiny_model(), tmp_path / "two", **OPTIONS)
+    assert failed
+    assert files(tmp_path / "one") == files(tmp_path / "two")
+
+
 def test_memory_that_is_never_enough_ends_the_run_and_keeps_what_is_done(tiny_model: TinyModel, tmp_path: Path) -> None:
     options = {**OPTIONS, "method": "gptq"}
 

@@ -23,8 +23,9 @@ from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig, str_to_torch_dtype
 from transformers.utils import logging as transformers_logging
 
-from wq.checkpoint import Entry, finite, read_headers, read_tensor
+from wq.checkpoint import Entry, read_headers, read_tensor
 from wq.errors import CheckpointError, ModelError, first_line
+from wq.machine import tells_of_memory
 from wq.structure.limits import check_folder, few_modules
 from wq.structure.names import check_plain, map_names
 from wq.structure.towers import Tower, model_class
@@ -144,11 +145,14 @@ class Source:
             dtype_plan=self.model._get_dtype_plan(dtype),
             weight_mapping=get_model_conversion_mapping(self.model),  # type: ignore[arg-type]
         )
-        lazy = {name: _OnDisk(name, self.entries[name]) for name in wanted}
+        lazy = {name: _OnDisk(self.entries[name]) for name in wanted}
         info, _ = convert_and_load_state_dict_in_model(self.model, lazy, loading, None)
         damaged = next((tensor.damage for tensor in lazy.values() if tensor.damage), None)
         if damaged is not None:
             raise damaged
+        for said in info.conversion_errors.values():  # all that is left of what was raised
+            if tells_of_memory(said):
+                raise torch.OutOfMemoryError(f"{self.name}: while {prefixes[0] or 'all of it'} was loaded: {said}")
         problems = [*info.mismatched_keys, *info.conversion_errors, *info.unexpected_keys]
         if problems:
             raise CheckpointError(f"{self.name}: could not load {problems[0]} ({len(problems)} such tensors).")
@@ -199,13 +203,13 @@ class _OnDisk:
     damage: why it could not be read. The loader reads in threads and keeps exceptions to itself.
     """
 
-    def __init__(self, name: str, entry: Entry):
-        self._name, self._entry = name, entry
+    def __init__(self, entry: Entry):
+        self._entry = entry
         self.damage: CheckpointError | None = None
 
     def __getitem__(self, index: object) -> Tensor:
         try:
-            return finite(self._name, read_tensor(self._entry))
+            return read_tensor(self._entry)
         except CheckpointError as error:
             self.damage = error
             raise
