@@ -15,7 +15,8 @@ from wq.distill import HELD_OUT
 from wq.errors import CalibrationError, UnknownNameError
 from wq.machine import default_device, free_bytes, keep_memory_tight
 from wq.pipeline import mixing, pace, quantizer
-from wq.pipeline.estimate import Estimate, Job, fitting, windows_at_once
+from wq.pipeline.estimate import Estimate, Job, fitting
+from wq.pipeline.flow import windows_at_once
 from wq.pipeline.plan import Plan, make_plan
 from wq.pipeline.source import Source, open_headers
 from wq.presets import LESSONS, PRESETS, Preset

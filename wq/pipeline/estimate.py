@@ -20,18 +20,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from wq import report
-from wq.checkpoint import Entry, header_bytes
+from wq.checkpoint import header_bytes
 from wq.errors import BudgetError, ModelError, first_line
 from wq.machine import rss_bytes
 from wq.pipeline import blocks as decoder
 from wq.pipeline import calibration, sampling, sensitivity
+from wq.pipeline.flow import batch_sizes, root_inputs
 from wq.pipeline.plan import Block, Plan
 from wq.pipeline.shapes import Meter, Work, metered
 from wq.pipeline.source import Source, declare_dtype
-from wq.pipeline.stages import Stages
+from wq.pipeline.stages import Stages, pairs
 from wq.pipeline.units import readers, together
 from wq.structure.towers import Tower
 
@@ -39,7 +39,6 @@ _HELD_OUT = 8  # windows, of which one is held out: fewer would not show what is
 _POPULAR = 2.0  # times as many tokens as the mean expert the most popular one is taken to get
 _READERS = min(4, os.cpu_count() or 4)  # threads with which transformers reads tensors
 _LOGITS = 4  # copies of a batch's logits while the next token is drawn
-_BATCH_TOKENS = 4096  # enough rows for full-speed matrix products, few enough for small activations
 _PIECE = 1 << 24  # bytes in which a tensor is copied that stays as it is
 
 
@@ -67,8 +66,7 @@ class Job:
     @property
     def paired(self) -> bool:
         """Whether the dense model's hidden states are kept beside those of the model quantized so far."""
-        wanted = getattr(self.solver, "NEEDS_PAIRS", False) and not self.without & {"target", "sequence"}
-        return bool(self.samples and wanted)
+        return bool(self.samples) and pairs(self.solver, self.without)
 
 
 @dataclass(frozen=True)
@@ -147,19 +145,6 @@ class Estimate:
         }
 
 
-def windows_at_once(seqlen: int) -> int:
-    """How many windows of calibration make a batch, where there is memory for it."""
-    return max(1, _BATCH_TOKENS // max(1, seqlen))
-
-
-def batch_sizes(windows: int, rows: int) -> list[int]:
-    """How many windows each batch has: `rows`, but for the first, in which one is enough to see how data flows."""
-    if not windows:
-        return []
-    full, rest = divmod(windows - 1, rows)
-    return [1, *[rows] * full, *[rest] * (rest > 0)]
-
-
 def estimate(job: Job, rows: int) -> Estimate:
     """What a job takes with `rows` windows of calibration at once; nothing is read.
 
@@ -167,17 +152,17 @@ def estimate(job: Job, rows: int) -> Estimate:
     """
     process = _process(job)
     moments = [*_preparation(job), *_blocks(job, rows)]
-    streams = _stream(job) if job.samples else 0
+    streams = _stream(job)
     moments.append(Moment("writing what stays dense", {"hidden states": streams, "a tensor": _largest_dense(job)}))
     off = job.device.type != "cpu"
-    read = sum(sorted(entry.bytes + _checking(entry) for entry in job.source.entries.values())[-_READERS:])
+    read = sum(sorted(entry.bytes for entry in job.source.entries.values())[-_READERS:])
     return Estimate(
         device=str(job.device),
         process=process,
         moments=moments,
         staging=max(read, _largest_dense(job)) if off else 0,
         checkpoint=sum(spec.bytes for spec in job.plan.specs.values()) + header_bytes(job.plan.specs),
-        journal=2 * streams,
+        journal=journal_bytes(job),
         rows=rows,
     )
 
@@ -329,7 +314,8 @@ class _Walk:
         for tower, blocks in towers:
             captured = dense = None
             if sizes:
-                inputs = self._inputs(tower, sizes)
+                tokens = [torch.zeros(size, self.job.seqlen, dtype=torch.int64, device="meta") for size in sizes]
+                inputs = root_inputs(self.job.source, tower, tokens, self.encoded)
                 yield self._captured(tower, blocks[0], inputs)
                 captured = self.last
                 dense = replace(captured, hidden=[h.clone() for h in captured.hidden]) if self.job.paired else None
@@ -339,20 +325,6 @@ class _Walk:
             if captured is not None and tower is not towers[-1][0]:
                 self.encoded = decoder.finish(tower.root, tower.blocks, inputs, captured)
                 self.dense_encoded = [] if dense is None else [one.clone() for one in self.encoded]
-
-    def _inputs(self, tower: Tower, sizes: list[int]) -> list[dict[str, Any]]:
-        """As in `wq.pipeline.quantizer`: an encoder reads half of a window, its decoder the other."""
-        tokens = [torch.zeros(size, self.job.seqlen, dtype=torch.int64, device="meta") for size in sizes]
-        half = max(1, self.job.seqlen // 2)
-        if tower.reads_encoder:
-            later = [functional.pad(ids[:, half:-1], (1, 0)) for ids in tokens]
-            return [
-                {"input_ids": ids, "encoder_hidden_states": states, "use_cache": False}
-                for ids, states in zip(later, self.encoded, strict=True)
-            ]
-        if self.job.source.config.is_encoder_decoder:
-            return [{"input_ids": ids[:, :half]} for ids in tokens]
-        return [{"input_ids": ids, "use_cache": False} for ids in tokens]
 
     def _captured(self, tower: Tower, first: Block, inputs: list[dict[str, Any]]) -> Moment:
         self.last = decoder.capture(tower.root, tower.blocks, inputs, self.job.source.name)
@@ -441,8 +413,8 @@ def _bytes(job: Job, parameters: Iterable[Tensor]) -> int:
 def _reading(job: Job, prefix: str) -> int:
     """Bytes that loading what is under a module takes besides what is loaded.
 
-    Each tensor is looked through for values that are not finite, and cast if its dtype is another on disk: as many at
-    once as there are threads. Tensors that make up one parameter are all there when it is put together.
+    Tensors whose dtype is another on disk are cast, as many at once as there are threads; those that make up one
+    parameter are all there when it is put together.
     """
     source = job.source
     inside = {name: where for name, where in source.tensors.items() if not prefix or where[0].startswith(f"{prefix}.")}
@@ -450,19 +422,21 @@ def _reading(job: Job, prefix: str) -> int:
     for name, (parameter, plain) in inside.items():
         entry = source.entries[name]
         loaded = math.prod(entry.shape) * job.dtype.itemsize
-        passing.append(max(0 if entry.dtype == job.dtype else entry.bytes, entry.bytes + _checking(entry) - loaded))
+        passing.append(0 if entry.dtype == job.dtype else entry.bytes)
         joined[parameter] += 0 if plain else loaded
     return sum(sorted(passing)[-_READERS:]) + max(joined.values(), default=0)
 
 
-def _checking(entry: Entry) -> int:
-    """Bytes that it takes to see whether a tensor is finite: 8-bit floats are read as others."""
-    return math.prod(entry.shape) * 4 if entry.dtype.is_floating_point and entry.dtype.itemsize == 1 else 0
+def journal_bytes(job: Job) -> int:
+    """Bytes on disk of what is noted to go on from: a note takes the place of another that is removed only then."""
+    return 2 * _stream(job)
 
 
 def _stream(job: Job) -> int:
     """Bytes of the hidden states that are kept between blocks."""
-    hidden = job.source.config.get_text_config().hidden_size
+    if not job.samples:
+        return 0
+    hidden = getattr(job.source.config.get_text_config(), "hidden_size", 0)
     return job.samples * job.seqlen * hidden * job.dtype.itemsize * (2 if job.paired else 1)
 
 

@@ -18,11 +18,12 @@ from torch.nn import functional
 
 from wq.machine import out_of_memory, release_memory
 from wq.pipeline import blocks as decoder
-from wq.pipeline.estimate import batch_sizes, windows_at_once
 from wq.pipeline.progress import Streams
 from wq.pipeline.ranks import Ranks
 from wq.pipeline.source import Source
 from wq.structure.towers import Tower
+
+_BATCH_TOKENS = 4096  # enough rows for full-speed matrix products, few enough for small activations
 
 T = TypeVar("T")
 
@@ -53,6 +54,43 @@ def patiently(work: Callable[[], T], less: Callable[[], bool], undo: Callable[[]
         if not again and not less():
             raise failed
         again = False
+
+
+def windows_at_once(seqlen: int) -> int:
+    """How many windows make a batch, where there is memory for it."""
+    return max(1, _BATCH_TOKENS // max(1, seqlen))
+
+
+def batch_sizes(windows: int, rows: int) -> list[int]:
+    """How many windows each batch has: `rows`, but for the first, in which one is enough to see how data flows."""
+    if not windows:
+        return []
+    full, rest = divmod(windows - 1, rows)
+    return [1, *[rows] * full, *[rest] * (rest > 0)]
+
+
+def root_inputs(source: Source, tower: Tower, batches: list[Tensor], encoded: list[Tensor]) -> list[dict[str, Any]]:
+    """What the root of a tower is called with, batch by batch.
+
+    An encoder reads the first half of each window; its decoder continues with the second, shifted by one token.
+    """
+    half = max(1, batches[0].shape[1] // 2)
+    if tower.reads_encoder:
+        start = _start_token(source.config)
+        later = [functional.pad(batch[:, half:-1], (1, 0), value=start) for batch in batches]
+        return [
+            {"input_ids": ids, "encoder_hidden_states": states, "use_cache": False}
+            for ids, states in zip(later, encoded, strict=True)
+        ]
+    if source.config.is_encoder_decoder:
+        return [{"input_ids": batch[:, :half]} for batch in batches]
+    return [{"input_ids": batch, "use_cache": False} for batch in batches]
+
+
+def _start_token(config: Any) -> int:
+    """What a decoder of an encoder-decoder model reads first."""
+    known = (getattr(config, f"{name}_token_id", None) for name in ("decoder_start", "bos", "pad"))
+    return next((token for token in known if isinstance(token, int)), 0)
 
 
 class Flow:
@@ -198,27 +236,9 @@ class Flow:
         self._put(made.hidden, None if paired is None else paired.hidden)
 
     def _inputs(self, encoded: list[Tensor]) -> list[dict[str, Any]]:
-        """What the root of a tower is called with, batch by batch.
-
-        An encoder reads the first half of each window; its decoder continues with the second, shifted by one token.
-        """
         batches = [batch.to(self.device) for batch in self.tokens.split(self.sizes)]
-        half = max(1, self.tokens.shape[1] // 2)
-        if self.tower.reads_encoder:
-            start = self._start_token()
-            later = [functional.pad(batch[:, half:-1], (1, 0), value=start) for batch in batches]
-            return [
-                {"input_ids": ids, "encoder_hidden_states": states.to(self.device), "use_cache": False}
-                for ids, states in zip(later, self._batched(encoded), strict=True)
-            ]
-        if self.source.config.is_encoder_decoder:
-            return [{"input_ids": batch[:, :half]} for batch in batches]
-        return [{"input_ids": batch, "use_cache": False} for batch in batches]
-
-    def _start_token(self) -> int:
-        """What a decoder of an encoder-decoder model reads first."""
-        known = (getattr(self.source.config, f"{name}_token_id", None) for name in ("decoder_start", "bos", "pad"))
-        return next((token for token in known if isinstance(token, int)), 0)
+        states = [states.to(self.device) for states in self._batched(encoded)]
+        return root_inputs(self.source, self.tower, batches, states)
 
     @contextmanager
     def _around(self) -> Iterator[None]:

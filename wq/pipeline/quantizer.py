@@ -20,7 +20,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -38,12 +38,12 @@ from wq.journal import Journal
 from wq.machine import default_device, keep_memory_tight, peak_rss_bytes, release_memory
 from wq.pipeline import calibration as calibration_text
 from wq.pipeline import estimate, mixing, sampling
-from wq.pipeline.flow import Flow, NotFiniteError, patiently
+from wq.pipeline.flow import Flow, NotFiniteError, patiently, windows_at_once
 from wq.pipeline.plan import Block, Plan, assigned, make_plan, mix
 from wq.pipeline.progress import Progress, Streams, check_same, digests
 from wq.pipeline.ranks import Ranks
 from wq.pipeline.source import Source, open_source
-from wq.pipeline.stages import Stages
+from wq.pipeline.stages import Stages, pairs
 from wq.scheme import Scheme, check_quantizable
 from wq.staging import Workplace, check_output, check_space, workplace
 from wq.structure.towers import Tower
@@ -123,8 +123,9 @@ def quantize(
             same = {**asked, "goal": None if goal is None else goal.to_dict(), "processes": ranks.count}
             data = calibration if solver.NEEDS_STATISTICS or room is not None else None
             if max_memory is not None:
-                widths = () if room is None else room.goal.widths
-                job.keep_to(max_memory, data, samples - reserve, seqlen, widths)
+                sight = (0, 0) if data is None else (samples - reserve, seqlen)
+                text, widths = data if isinstance(data, str) else None, () if room is None else room.goal.widths
+                job.keep_to(max_memory, job.known(*sight, text, widths))
             stream = job.prepare(same, data, samples, seqlen, room, on_mix, on_sample)
             tokens, left = (None, None) if stream is None else stream.tokens.tensor_split([samples - reserve])
             if place.published:
@@ -237,23 +238,27 @@ class _Job:
         """float32 on the CPU; a GPU runs the model in its own dtype, and sums statistics in float32."""
         return torch.float32 if self.device.type == "cpu" else self.source.dtype
 
-    def keep_to(self, budget: int | str, data: Any, samples: int, seqlen: int, widths: tuple[int, ...]) -> None:
-        """Run fewer windows at once, if that keeps to some memory. Raises BudgetError if not even that does."""
-        known = estimate.Job(
+    def known(self, samples: int, seqlen: int, text: str | None = None, widths: tuple[int, ...] = ()) -> estimate.Job:
+        """The run, for what it will take. samples: windows that the solver sees, 0 for one that sees none."""
+        return estimate.Job(
             self.source,
             self.solver,
             self.fmt,
             self.plan,
             self.device,
             self.compute_dtype,
-            samples=0 if data is None else samples // self.ranks.count,
-            seqlen=0 if data is None else seqlen,
+            samples=samples,
+            seqlen=seqlen,
             without=self.without,
-            text=data if isinstance(data, str) else None,
+            text=text,
             widths=widths,
         )
-        rows = estimate.windows_at_once(known.seqlen)
-        self.rows = estimate.fitting(known, rows, mixing.parse_size("--max-memory", budget)).rows
+
+    def keep_to(self, budget: int | str, known: estimate.Job) -> None:
+        """Run fewer windows at once, if that keeps to some memory. Raises BudgetError if not even that does."""
+        mine = replace(known, samples=known.samples // self.ranks.count)
+        size = mixing.parse_size("--max-memory", budget)
+        self.rows = estimate.fitting(mine, windows_at_once(mine.seqlen), size).rows
 
     def prepare(
         self,
@@ -357,23 +362,13 @@ class _Job:
         return ShardWriter(self.place.folder, self.plan.specs, written=self.progress.written)
 
     def _make_room(self, tokens: Tensor | None) -> None:
-        """An empty folder, on a disk that is large enough.
-
-        A note of the streams takes the place of another that is removed only then.
-        """
+        """An empty folder, on a disk that is large enough."""
         shutil.rmtree(self.place.folder, ignore_errors=True)
         self.place.folder.mkdir()
         whole = sum(spec.bytes for spec in self.plan.specs.values())
-        size = getattr(self.source.config.get_text_config(), "hidden_size", 0)
-        streams = 0 if tokens is None or not self.solver.NEEDS_STATISTICS else 2 if self._paired else 1
-        notes = 0 if tokens is None else 2 * streams * tokens.numel() * size * self.compute_dtype.itemsize
+        notes = estimate.journal_bytes(self.known(*((0, 0) if tokens is None else tokens.shape)))
         what = f"{report.size(whole)} for the checkpoint, {report.size(notes)} for notes to go on from"
         check_space(self.place.path, whole + notes, what)
-
-    @property
-    def _paired(self) -> bool:
-        """Whether the dense model runs beside the quantized one."""
-        return getattr(self.solver, "NEEDS_PAIRS", False) and not self.without & {"target", "sequence"}
 
     def mixed(self, config: dict[str, Any]) -> dict[str, Any]:
         """For the report, how widths were chosen and who reads the result; nothing if all have one."""
@@ -442,17 +437,8 @@ class _Job:
         streams, self.progress.streams = self.progress.streams, {}
         flow = None
         if tokens is not None:
-            flow = Flow(
-                self.source,
-                tower,
-                tokens,
-                self.device,
-                self.compute_dtype,
-                self._paired,
-                streams,
-                self.ranks,
-                self.rows,
-            )
+            where, paired = (self.device, self.compute_dtype), pairs(self.solver, self.without)
+            flow = Flow(self.source, tower, tokens, *where, paired, streams, self.ranks, self.rows)
             if start:
                 flow.go_on(streams)
         streams.clear()

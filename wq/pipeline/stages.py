@@ -28,6 +28,11 @@ _UNREACHED = "calibration never reached this layer"
 _UNROUTED = "no calibration token was routed there"
 
 
+def pairs(solver: ModuleType, without: frozenset[str]) -> bool:
+    """Whether a solver compares with the dense model, whose hidden states then run beside the quantized one's."""
+    return getattr(solver, "NEEDS_PAIRS", False) and not without & {"target", "sequence"}
+
+
 @dataclass
 class Stages:
     """The stages of one block.
