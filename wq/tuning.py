@@ -28,7 +28,7 @@ def tune(
     """
     path = Path(output)
     device = torch.device(default_device())
-    _, why = registry.reason(device, 4, 4096, 32)
+    _, why = registry.reason(device, 4, 4096, 4096, 32)
     if why != "fused":
         raise ModelError(f"there is nothing to tune on {device}: {why}. Run `wq tune` on the GPU that will serve.")
     others = _others(path, overwrite)

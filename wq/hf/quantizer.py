@@ -192,7 +192,8 @@ class WqQuantizer(HfQuantizer):
                 raise CheckpointError(f"{path}.weight was not in the checkpoint. Download it again.")
             _require_loaded(path, layer)
             layer.requires_grad_(False)  # the loader turns gradients on for every floating tensor
-            layer.prepare()  # what accelerate moves in and out is on no device now, and keeps the checkpoint's layout
+            # What accelerate moves in and out is on no device now, and keeps the checkpoint's layout.
+            layer.prepare(model.dtype)
         fused = {name: self.schemes[name] for name in self.schemes if self._is_experts(name)}
         on_load = tuple(fused)
         fused |= {name: entry.stored.scheme for name, entry in self.experts.items()}

@@ -12,6 +12,7 @@ import wq_kernels
 from wq.layers import ops
 from wq.layers.parts import Join, join, local
 from wq.scheme import Scheme
+from wq_kernels import int4pack
 from wq_kernels import layout as tiles
 from wq_kernels import stream as bit_stream
 
@@ -104,6 +105,8 @@ class WqLinear(nn.Linear):
         self.in_features, self.out_features, self.scheme = in_features, out_features, scheme
         self.part: tuple[int, int] | None = None
         self.layout = ops.STREAM
+        self._dtype: torch.dtype | None = None  # of what the weight is multiplied by, once it is known
+        self._grid: Tensor | None = None  # beside the scales, for the kernel on CPUs
         self._joins: dict[str, Join] = {}
         self.transposed = False
         self._is_hf_initialized = True
@@ -122,49 +125,39 @@ class WqLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """`x @ W.T + bias` for x `[..., in]`."""
+        permutation, grid = self.permutation, self._grid
+        if grid is not None and grid.dtype == x.dtype and not ops.wants_gradient(x, self.bias):
+            x = x if permutation is None else x.index_select(-1, permutation)
+            return ops.int4pack(x, self.weight_packed, grid, self.bias)
         out_features, in_features = self._sizes
-        permutation = self.permutation
         if permutation is not None and in_features != self.in_features:
             x, permutation = x.index_select(-1, permutation), None
-        return ops.linear(
-            x,
-            self.weight_packed,
-            self.weight_scale,
-            self.weight_zero_point,
-            permutation,
-            self.bias,
-            self.scheme.bits,
-            out_features,
-            in_features,
-            self.layout,
-        )
+        sizes = self.scheme.bits, out_features, in_features
+        return ops.linear(x, *self._weight(), permutation, self.bias, *sizes, self._readable)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The dense weight, `[out, in]`, in the order of the input's columns."""
-        weight = wq_kernels.dequantize(
-            self.weight_packed,
-            self.weight_scale,
-            self.weight_zero_point,
-            self.scheme.bits,
-            self.out_features,
-            self.in_features,
-            dtype or self.weight_scale.dtype,
-            self.layout,
-        )
+        sizes = self.scheme.bits, self.out_features, self.in_features
+        kind = dtype or self.weight_scale.dtype
+        weight = wq_kernels.dequantize(*self._weight(), *sizes, kind, self._readable)
         if self.permutation is None:
             return weight
         return torch.empty_like(weight).index_copy_(1, self.permutation.long(), weight)
 
     # --- layouts ---
 
-    def prepare(self) -> WqLinear:
-        """Lay the weight out for the device it is on. Weights on no device, or offloaded, stay as they are."""
+    def prepare(self, dtype: torch.dtype | None = None) -> WqLinear:
+        """Lay the weight out for the device it is on. Weights on no device, or offloaded, stay as they are.
+
+        dtype: of what it is going to be multiplied by, which the kernel on CPUs depends on.
+        """
+        self._dtype = dtype or self._dtype
         if self.weight_packed.is_meta:
             return self
-        _, in_features = self._sizes
+        out_features, in_features = self._sizes
         groups = max(1, self.scheme.groups(self.in_features) * in_features // self.in_features)
-        device = self.weight_packed.device
-        self._set_layout(wq_kernels.preferred_layout(device, self.scheme.bits, in_features, groups))
+        sizes = self.scheme.bits, out_features, in_features, groups
+        self._set_layout(wq_kernels.preferred_layout(self.weight_packed.device, *sizes, self._dtype))
         return self
 
     @property
@@ -172,34 +165,55 @@ class WqLinear(nn.Linear):
         return self.part or (self.out_features, self.in_features)
 
     def _set_layout(self, layout: str) -> None:
-        if layout == self.layout:
-            return
-        packed, scale, zero = self._stream()
-        if layout != ops.STREAM:
-            self._joins = {name: join(getattr(self, name)) for name in _WEIGHT}
-            packed, scale, zero = tiles.from_stream(packed, scale, zero, self.scheme.bits, self._sizes[1])
-        for name, part in zip(_WEIGHT, (packed, scale, zero), strict=True):
-            tensor = part if part is None or layout != ops.STREAM else self._joins[name](part)
-            parameter = None if tensor is None else nn.Parameter(tensor, requires_grad=False)
-            if parameter is not None:
-                parameter._is_hf_initialized = True  # type: ignore[attr-defined]
-            setattr(self, name, parameter)
-        self.layout = layout
+        if layout != self.layout:
+            packed, scale, zero = self._stream()
+            sizes = self.scheme.bits, self._sizes[1]
+            if self.layout == ops.STREAM:
+                self._joins = {name: join(getattr(self, name)) for name in _WEIGHT}
+            if layout == ops.TILED:
+                packed, scale, zero = tiles.from_stream(packed, scale, zero, *sizes)
+            elif layout == ops.INT4PACK:
+                packed = int4pack.from_stream(packed, *sizes)
+            for name, part in zip(_WEIGHT, (packed, scale, zero), strict=True):
+                tensor = part if part is None or layout != ops.STREAM else self._joins[name](part)
+                parameter = None if tensor is None else nn.Parameter(tensor, requires_grad=False)
+                if parameter is not None:
+                    parameter._is_hf_initialized = True  # type: ignore[attr-defined]
+                setattr(self, name, parameter)
+            self.layout = layout
+        self._grid = None
+        if layout == ops.INT4PACK and not self.weight_packed.is_meta:
+            zero = self.weight_zero_point
+            self._grid = int4pack.make_grid(self.weight_scale.detach(), zero, *self._sizes, torch.bfloat16)
 
     def _stream(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """packed, scale and zero as a checkpoint has them; this process's part of them."""
         packed, scale, zero = local(self.weight_packed), local(self.weight_scale), self.weight_zero_point
-        if self.layout == ops.STREAM:
-            return packed, scale, None if zero is None else local(zero)
-        assert zero is not None  # the tiled layout has zero points on every grid
-        return tiles.to_stream(packed, scale, zero.detach(), self.scheme.bits, *self._sizes, self.scheme.symmetric)
+        if self.layout == ops.TILED:
+            assert zero is not None  # the tiled layout has zero points on every grid
+            return tiles.to_stream(packed, scale, zero.detach(), self.scheme.bits, *self._sizes, self.scheme.symmetric)
+        if self.layout == ops.INT4PACK:
+            packed = int4pack.to_stream(packed, self.scheme.bits)
+        return packed, scale, None if zero is None else local(zero)
+
+    def _weight(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """packed, scale and zero in the layout `_readable`."""
+        if self.layout == ops.INT4PACK:
+            return self._stream()
+        return self.weight_packed, self.weight_scale, self.weight_zero_point
+
+    @property
+    def _readable(self) -> str:
+        """The layout that every op reads which is nearest to the weight's."""
+        return ops.STREAM if self.layout == ops.INT4PACK else self.layout
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """`.to()` and its kin: to another device means to that device's layout."""
-        before = self.weight_packed.device
+        """`.to()` and its kin: to another device or dtype means to the layout for it."""
+        device, dtype = self.weight_packed.device, self.weight_scale.dtype
         super()._apply(fn, recurse)
-        if self.weight_packed.device != before:
-            self.prepare()
+        cast = self.weight_scale.dtype != dtype
+        if cast or self.weight_packed.device != device:
+            self.prepare(self.weight_scale.dtype if cast else None)
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:

@@ -14,9 +14,10 @@ from torch import Tensor
 
 import wq_kernels
 from wq_kernels import checks
+from wq_kernels import int4pack as pytorch_kernel
 from wq_kernels import layout as tiles
 
-STREAM = "stream"  # the layout of checkpoints
+STREAM, TILED, INT4PACK = "stream", "tiled", "int4pack"  # the first is that of checkpoints
 
 _LIBRARY = torch.library.Library("wq", "DEF")
 _WEIGHT = "Tensor packed, Tensor scale, Tensor? zero"
@@ -35,6 +36,7 @@ _LIBRARY.define(
     f"expert_linear_backward(Tensor grad, Tensor expert_of_row, {_WEIGHT}, SymInt inputs, {_SIZES}) -> Tensor",
     tags=_TAGS,
 )
+_LIBRARY.define("int4pack(Tensor x, Tensor packed, Tensor grid) -> Tensor", tags=_TAGS)
 
 
 def _linear_backward(
@@ -60,6 +62,7 @@ for _key in ("CPU", "CUDA", "XPU", "MPS"):
     _LIBRARY.impl("linear_backward", _linear_backward, _key)
     _LIBRARY.impl("expert_linear", wq_kernels.expert_linear, _key)
     _LIBRARY.impl("expert_linear_backward", tiles.expert_linear_backward, _key)
+_LIBRARY.impl("int4pack", pytorch_kernel.multiply, "CPU")
 
 
 @torch.library.register_fake("wq::linear", lib=_LIBRARY)
@@ -96,6 +99,11 @@ def _expert_linear_fake(
 @torch.library.register_fake("wq::expert_linear_backward", lib=_LIBRARY)
 def _expert_linear_backward_fake(grad: Tensor, *rest: Any) -> Tensor:
     return grad.new_empty(rest[-4], rest[-1])
+
+
+@torch.library.register_fake("wq::int4pack", lib=_LIBRARY)
+def _int4pack_fake(x: Tensor, packed: Tensor, grid: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], packed.shape[0])
 
 
 def _autocasts(x: Tensor) -> bool:
@@ -139,9 +147,28 @@ def linear(
         x = x.to(torch.get_autocast_dtype(x.device.type))
         bias = None if bias is None else bias.to(x.dtype)
     sizes = (bits, out_features, in_features, layout)
-    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+    if wants_gradient(x, bias):
         return _Linear.apply(x, bias, packed, scale, zero, permutation, *sizes)
     return torch.ops.wq.linear(x, packed, scale, zero, permutation, bias, *sizes)
+
+
+def wants_gradient(x: Tensor, bias: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
+
+
+def int4pack(x: Tensor, packed: Tensor, grid: Tensor, bias: Tensor | None) -> Tensor:
+    """`x @ W.T + bias`, `[..., out]`, for x `[..., in]` in the grid's dtype; see `wq_kernels.int4pack`. No gradients.
+
+    The kernel for few rows is called right here, so that a token costs little more than it, and torch.compile sees it.
+    """
+    in_features = x.shape[-1]
+    rows = x.reshape(-1, in_features).contiguous()
+    if rows.shape[0] <= pytorch_kernel.FEW:
+        y = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, packed, in_features // grid.shape[0], grid)
+    else:
+        y = torch.ops.wq.int4pack(rows, packed, grid)
+    y = y.view(*x.shape[:-1], packed.shape[0])
+    return y if bias is None else y + bias.to(y.dtype)
 
 
 class _ExpertLinear(torch.autograd.Function):

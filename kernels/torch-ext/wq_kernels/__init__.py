@@ -1,10 +1,10 @@
 """Kernels for packed integer weights. They see tensors and numbers, never models, and never import `wq`.
 
-    layout = wq_kernels.preferred_layout(device, bits, in_features, groups)     # "stream" or "tiled"
+    layout = wq_kernels.preferred_layout(device, bits, out_features, in_features, groups, dtype)
     y = wq_kernels.linear(x, packed, scale, zero, permutation, bias, bits, out_features, in_features, layout)
 
 A weight comes in the layout of checkpoints, `stream` (see `reference`); where a fused kernel runs, it is laid out once
-as `tiled` (see `layout`), and back when it is saved. A backend is a module for one of the layouts with
+as `tiled` (see `layout`), and back when it is saved. On a CPU it may become `int4pack`, which `int4pack` multiplies. A backend is a module for one of the layouts with
 
     def supports(bits) -> bool
     def dequantize(packed, scale, zero, bits, out_features, in_features, dtype) -> Tensor

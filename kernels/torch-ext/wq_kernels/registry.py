@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["BACKENDS", "LAYOUTS", "Backend", "get", "preferred_layout", "select"]
+__all__ = ["BACKENDS", "INT4PACK", "LAYOUTS", "Backend", "get", "preferred_layout", "select"]
 
 STREAM, TILED = "stream", "tiled"
-LAYOUTS = (STREAM, TILED)
+LAYOUTS = (STREAM, TILED)  # of the backends
+INT4PACK = "int4pack"  # of PyTorch's own kernel for CPUs, in a module of its own: it computes in one dtype only
 _ANY = "any"
 _log = logging.getLogger(__name__)
 
@@ -61,17 +62,37 @@ def select(device_type: str, bits: int, layout: str = STREAM) -> ModuleType:
     raise LookupError(f"no backend in {list(BACKENDS)} supports {bits} bits in the {layout} layout on {device_type}")
 
 
-def preferred_layout(device: torch.device, bits: int, in_features: int, groups: int) -> str:
-    """The layout in which a weight is multiplied fastest on a device."""
-    return reason(device, bits, in_features, groups)[0]
+def preferred_layout(
+    device: torch.device, bits: int, out_features: int, in_features: int, groups: int, dtype: torch.dtype | None = None
+) -> str:
+    """The layout in which a weight is multiplied fastest on a device. dtype: of what it is multiplied by, if known."""
+    return reason(device, bits, out_features, in_features, groups, dtype)[0]
 
 
-def reason(device: torch.device, bits: int, in_features: int, groups: int) -> tuple[str, str]:
+def reason(
+    device: torch.device, bits: int, out_features: int, in_features: int, groups: int, dtype: torch.dtype | None = None
+) -> tuple[str, str]:
     """`preferred_layout`, and why, in a few words."""
+    if device.type == "cpu":
+        refusal = _reason_on_cpu(bits, out_features, in_features, groups, dtype)
+        return (STREAM, refusal) if refusal else (INT4PACK, "PyTorch's 4-bit kernel")
     if device.type not in BACKENDS["fused"].devices:
         return STREAM, f"no fused kernel runs on {device.type}"
     refusal = reason_for_shape(bits, in_features, groups) or unusable(device)
     return (STREAM, refusal) if refusal else (TILED, "fused")
+
+
+def _reason_on_cpu(bits: int, out_features: int, in_features: int, groups: int, dtype: torch.dtype | None) -> str:
+    """Why the kernel for CPUs does not take such a weight; empty when it does."""
+    from . import int4pack
+
+    if not int4pack.supports(bits):
+        return f"no kernel for {bits} bits runs on a CPU"
+    if not int4pack.computes_in(dtype):
+        return f"no kernel for {'an unknown dtype' if dtype is None else str(dtype).removeprefix('torch.')} runs on a CPU"
+    if not int4pack.fits(bits, out_features, in_features, groups):
+        return f"{out_features} rows in groups of {in_features // max(groups, 1)} do not fill the blocks of the kernel"
+    return int4pack.unusable()
 
 
 def reason_for_shape(bits: int, in_features: int, groups: int) -> str:
