@@ -53,7 +53,18 @@ MAX_LINES, MAX_KERNEL_LINES = 60, 120  # a kernel is one function, and a third o
 
 PACKAGE = "kernels/torch-ext/wq_kernels/"
 WITH_TRITON = ("dense", "experts", "fused", "inner", "sweep", "tune")
-WITHOUT_TRITON = ("checks", "configs", "counters", "dispatch", "layout", "reference", "registry", "stream", "target")
+WITHOUT_TRITON = (
+    "checks",
+    "configs",
+    "counters",
+    "dispatch",
+    "int4pack",
+    "layout",
+    "reference",
+    "registry",
+    "stream",
+    "target",
+)
 
 
 class Import(NamedTuple):
@@ -227,7 +238,7 @@ words, scale = torch.full((3, 4), 0x77777777, dtype=torch.int32), torch.ones(3, 
 stream = wq_kernels.linear(torch.ones(2, 32), words, scale, None, None, None, 4, 3, 32, "stream")
 tiled = wq_kernels.layout.from_stream(words, scale, None, 4, 32)
 tiles = wq_kernels.linear(torch.ones(2, 32), *tiled, None, None, 4, 3, 32, "tiled")
-print(stream.unique().tolist(), tiles.unique().tolist(), wq_kernels.preferred_layout(torch.device("cpu"), 4, 32, 1))
+print(stream.unique().tolist(), tiles.unique().tolist(), wq_kernels.preferred_layout(torch.device("cpu"), 4, 33, 32, 1))
 try:
     wq_kernels.get("fused")
 except ImportError as error:

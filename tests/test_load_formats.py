@@ -302,7 +302,7 @@ def test_a_copy_and_another_dtype_keep_the_order_of_columns(
     assert torch.equal(logits(clone), expected)
     half = clone.to(torch.bfloat16)
     for layer in packed_layers(half).values():
-        assert layer.weight_packed.dtype is torch.int32
+        assert layer.state_dict()["weight_packed"].dtype is torch.int32
         assert layer.permutation is None or layer.permutation.dtype is torch.int32
     assert logits(half).dtype is torch.bfloat16
     assert difference(logits(half), expected) < 0.05

@@ -20,7 +20,7 @@ from wq.checkpoint import read_headers
 from wq.errors import CheckpointError, ModelError
 from wq.machine import default_device
 from wq.scheme import Scheme
-from wq_kernels import configs, layout, registry
+from wq_kernels import configs, int4pack, layout, registry
 
 PACKAGES = ("torch", "triton", "transformers", "accelerate", "safetensors", "compressed-tensors", "kernels")
 ROWS = (1, 16, 64, 256, 512)  # of the input, for which a kernel is shown
@@ -57,17 +57,29 @@ def explain(folder: Path, architecture: str | None = None) -> list[dict[str, Any
     layers, _ = quantized.split(read_headers(folder))
     if not layers:
         raise CheckpointError(f"{folder} holds no packed weights. `wq quantize` makes a checkpoint that does.")
-    config = quantized.read_config(folder)["quantization_config"]
+    whole = quantized.read_config(folder)
+    config, dtype = whole["quantization_config"], _dtype(whole)
     for path, leaves in layers.items():
         stored = quantized.describe(path, leaves, config)
         alike.setdefault((stored.scheme, stored.shape), []).append(_LAYER.sub(".*.", path))
-    return [_entry(scheme, shape, names, architecture) for (scheme, shape), names in alike.items()]
+    return [_entry(scheme, shape, names, dtype, architecture) for (scheme, shape), names in alike.items()]
 
 
-def _entry(scheme: Scheme, shape: tuple[int, int], names: list[str], architecture: str | None) -> dict[str, Any]:
+def _dtype(config: dict[str, Any]) -> torch.dtype:
+    """What transformers runs the model in, unless it is told otherwise."""
+    text = config.get("text_config")
+    parts = [part for part in (config, text) if isinstance(part, dict)]
+    said = next((part[key] for part in parts for key in ("dtype", "torch_dtype") if part.get(key)), "float32")
+    found = getattr(torch, str(said), None)
+    return found if isinstance(found, torch.dtype) else torch.float32
+
+
+def _entry(
+    scheme: Scheme, shape: tuple[int, int], names: list[str], dtype: torch.dtype, architecture: str | None
+) -> dict[str, Any]:
     (out_features, in_features), bits = shape, scheme.bits
     groups = scheme.groups(in_features)
-    where, why = _layout(bits, in_features, groups, architecture)
+    where, why = _layout((bits, out_features, in_features, groups), dtype, architecture)
     return {
         "layers": sorted(set(names)),
         "count": len(names),
@@ -82,9 +94,10 @@ def _entry(scheme: Scheme, shape: tuple[int, int], names: list[str], architectur
     }
 
 
-def _layout(bits: int, in_features: int, groups: int, architecture: str | None) -> tuple[str, str]:
+def _layout(sizes: tuple[int, int, int, int], dtype: torch.dtype, architecture: str | None) -> tuple[str, str]:
+    bits, _, in_features, groups = sizes
     if architecture is None:
-        return registry.reason(_first_device(), bits, in_features, groups)
+        return registry.reason(_first_device(), *sizes, dtype)
     refusal = registry.reason_for_shape(bits, in_features, groups)
     return (registry.STREAM, refusal) if refusal else (registry.TILED, "fused")
 
@@ -94,6 +107,8 @@ def _kernel(where: str, rows: int, bits: int, n: int, k: int, groups: int, archi
     if where == registry.STREAM:
         name = wq_kernels.select("cuda" if architecture else _first_device().type, bits).__name__.rpartition(".")[2]
         return {"reference": "dequantize in torch, then matmul", "dense": "dequantize in Triton, then matmul"}[name]
+    if where == registry.INT4PACK:
+        return "fused, by PyTorch" if rows <= int4pack.FEW else "dequantize in tiles, then matmul"
     if rows > configs.FUSED_ROWS:
         return "dequantize in pieces, then matmul"
     blocks = -(-k // layout.block_columns(bits))

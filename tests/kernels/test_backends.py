@@ -15,7 +15,7 @@ from torch.nn import functional
 
 import wq_kernels
 from wq.layers import ops
-from wq_kernels import Backend, layout, reference, registry
+from wq_kernels import Backend, int4pack, layout, reference, registry
 
 PACKAGE = Path(wq_kernels.__file__).parent
 WORD = 0xFFFFFFFF
@@ -155,7 +155,7 @@ sys.path.insert(0, {str(PACKAGE.parent)!r})
 sys.modules["triton"] = None  # `import triton` now raises ImportError
 import torch, wq_kernels
 print(wq_kernels.select("cuda", 4).__name__, wq_kernels.select("cuda", 4, "tiled").__name__)
-print(*wq_kernels.registry.reason(torch.device("cuda", 0), 4, 128, 1))
+print(*wq_kernels.registry.reason(torch.device("cuda", 0), 4, 128, 128, 1))
 """
     done = isolated(code, tmp_path)
     assert done.returncode == 0, done.stderr
@@ -200,9 +200,37 @@ def test_the_op_selects_columns_by_the_permutation(name: str) -> None:
         torch.testing.assert_close(y, expected.float())
 
 
-@pytest.mark.parametrize("device", ["cpu", "meta", "mps"])
+@pytest.mark.parametrize("device", ["meta", "mps"])
 def test_the_layout_preferred_where_no_fused_kernel_runs_is_that_of_checkpoints(device: str) -> None:
-    assert wq_kernels.preferred_layout(torch.device(device), 4, 4096, 32) == "stream"
+    assert wq_kernels.preferred_layout(torch.device(device), 4, 4096, 4096, 32, torch.bfloat16) == "stream"
+
+
+@pytest.mark.parametrize(
+    ("bits", "out_features", "groups", "dtype", "unusable", "expected"),
+    [
+        (4, 4096, 32, torch.bfloat16, "", ("int4pack", "PyTorch's 4-bit kernel")),
+        (4, 4096, 1, torch.bfloat16, "", ("int4pack", "PyTorch's 4-bit kernel")),
+        (3, 4096, 32, torch.bfloat16, "", ("stream", "no fused kernel for 3 bits runs on cpu")),
+        (4, 4096, 32, torch.float32, "", ("stream", "no fused kernel for torch.float32 runs on cpu")),
+        (4, 4096, 32, None, "", ("stream", "no fused kernel runs on cpu")),
+        (4, 4097, 32, torch.bfloat16, "", ("stream", "4097 rows in groups of 128 do not fill")),
+        (4, 4096, 256, torch.bfloat16, "", ("stream", "4096 rows in groups of 16 do not fill")),
+        (4, 4096, 32, torch.bfloat16, "an old processor", ("stream", "an old processor")),
+    ],
+)
+def test_the_layout_preferred_on_a_cpu_is_that_of_the_kernel_where_it_takes_the_weight(
+    monkeypatch: pytest.MonkeyPatch,
+    bits: int,
+    out_features: int,
+    groups: int,
+    dtype: torch.dtype | None,
+    unusable: str,
+    expected: tuple[str, str],
+) -> None:
+    monkeypatch.setattr(int4pack, "unusable", lambda: unusable)
+    name, why = registry.reason(torch.device("cpu"), bits, out_features, 4096, groups, dtype)
+    assert (name, why[: len(expected[1])]) == expected
+    assert wq_kernels.preferred_layout(torch.device("cpu"), bits, out_features, 4096, groups, dtype) == name
 
 
 @pytest.mark.parametrize(
@@ -224,9 +252,9 @@ def test_the_layout_preferred_on_a_gpu_is_tiled_where_the_fused_kernel_takes_the
     expected: tuple[str, str],
 ) -> None:
     monkeypatch.setattr(registry, "unusable", lambda device: unusable)  # there is no GPU here to ask
-    name, why = registry.reason(torch.device("cuda", 0), bits, in_features, groups)
+    name, why = registry.reason(torch.device("cuda", 0), bits, 7, in_features, groups)
     assert (name, why[: len(expected[1])]) == expected
-    assert wq_kernels.preferred_layout(torch.device("cuda", 0), bits, in_features, groups) == name
+    assert wq_kernels.preferred_layout(torch.device("cuda", 0), bits, 7, in_features, groups) == name
 
 
 def isolated(code: str, cwd: Path) -> subprocess.CompletedProcess[str]:

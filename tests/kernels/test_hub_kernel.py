@@ -31,7 +31,7 @@ assert loaded.module is module and loaded.metadata.id == module.__name__, loaded
 inputs = torch.load(sys.argv[2])
 y = module.linear(inputs["x"], *inputs["weight"], None, inputs["bias"], 4, 33, 96)
 dense = module.dequantize(*inputs["weight"], 4, 33, 96, torch.float32)
-torch.save({"y": y, "dense": dense, "layout": module.preferred_layout(torch.device("cpu"), 4, 96, 3)}, sys.argv[3])
+torch.save({"y": y, "dense": dense, "layout": module.preferred_layout(torch.device("cpu"), 4, 33, 96, 3)}, sys.argv[3])
 """
 
 PATH = """

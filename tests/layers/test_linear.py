@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from wq.layers import PackedWeight, WqLinear
 from wq.pipeline.quantizer import quantize
 from wq.scheme import PER_CHANNEL, Scheme
 from wq.solvers import Solution
+from wq_kernels import int4pack
 
 SHAPES = [(40, 96, 32), (40, 96, PER_CHANNEL), (33, 64, 16), (7, 40, PER_CHANNEL)]  # out, in, group size
 # All that tiles take: groups shorter and longer than a block of words, columns and rows that are padded and not.
@@ -80,7 +82,9 @@ def prefer_tiles(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     """As on a GPU: `prepare` tiles what fits. Returns the questions that it asks, as they come."""
     asked: list[tuple[Any, ...]] = []
 
-    def preferred(device: torch.device, bits: int, in_features: int, groups: int) -> str:
+    def preferred(
+        device: torch.device, bits: int, out_features: int, in_features: int, groups: int, dtype: torch.dtype | None
+    ) -> str:
         asked.append((device, bits, in_features, groups))
         return "tiled"
 
@@ -602,3 +606,137 @@ def test_what_is_quantized_on_load_is_tiled_and_saved_the_same(
     files = [(tmp_path / layout / "model.safetensors").read_bytes() for layout in ("stream", "tiled")]
     assert files[0] == files[1]
     assert torch.equal(logits(tiled), logits(stream))
+
+
+# --- PyTorch's kernel on CPUs ---
+
+on_a_cpu = pytest.mark.skipif(bool(int4pack.unusable()), reason=f"here, {int4pack.unusable()}")
+BF16 = torch.bfloat16
+
+
+def for_cpu(*, symmetric: bool = False, bias: bool = True, permuted: bool = False) -> tuple[WqLinear, WqLinear]:
+    """A layer as a checkpoint has it, and prepared for bfloat16."""
+    layer, _ = make(64, 96, scheme=Scheme(4, 32, symmetric), bias=bias)
+    if permuted:
+        layer.permutation = nn.Parameter(torch.randperm(96, dtype=torch.int32), requires_grad=False)
+    prepared = copy.deepcopy(layer).prepare(BF16)
+    assert prepared.layout == "int4pack"
+    return layer, prepared
+
+
+def near(actual: Tensor, layer: WqLinear, x: Tensor, bound: float = 4e-3) -> bool:
+    bias = None if layer.bias is None else layer.bias.double()
+    exact = functional.linear(x.double(), layer.dequantize(torch.float64), bias)
+    return bool((actual.double() - exact).norm() < bound * exact.norm())
+
+
+@on_a_cpu
+@each_grid
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("permuted", [True, False], ids=["act-order", "in order"])
+@pytest.mark.parametrize("rows", [1, 5, 200])
+def test_the_kernel_for_cpus_computes_the_product(symmetric: bool, bias: bool, permuted: bool, rows: int) -> None:
+    layer, prepared = for_cpu(symmetric=symmetric, bias=bias, permuted=permuted)
+    x = torch.randn(2, rows, 96).to(BF16)
+    with torch.inference_mode():
+        y = prepared(x)
+    assert (y.dtype, y.shape) == (BF16, (2, rows, 64))
+    assert near(y, layer, x)
+    assert near(prepared(x), layer, x)
+
+
+@on_a_cpu
+@each_grid
+@each_dtype
+def test_what_is_not_bfloat16_is_computed_as_before(symmetric: bool, dtype: torch.dtype) -> None:
+    layer, prepared = for_cpu(symmetric=symmetric)
+    layer.bias.data, prepared.bias.data = layer.bias.data.to(dtype), prepared.bias.data.to(dtype)
+    x = torch.randn(3, 96).to(dtype)
+    if dtype == BF16:
+        assert near(prepared(x), layer, x)
+    else:
+        assert torch.equal(prepared(x), layer(x))
+    assert torch.equal(prepared.dequantize(dtype), layer.dequantize(dtype))
+
+
+@on_a_cpu
+@each_grid
+def test_the_state_of_a_layer_prepared_for_a_cpu_is_that_of_the_checkpoint(symmetric: bool) -> None:
+    layer, prepared = for_cpu(symmetric=symmetric)
+    assert_same_state(prepared.state_dict(), layer.state_dict())
+    other = for_cpu(symmetric=symmetric)[1]
+    other.load_state_dict(layer.state_dict())
+    assert other.layout == "int4pack"
+    x = torch.randn(3, 96).to(BF16)
+    assert torch.equal(other(x), prepared(x))
+    prepared._set_layout("stream")
+    assert_same_state(dict(prepared.named_parameters()), dict(layer.named_parameters()))
+    assert prepared._grid is None
+
+
+@on_a_cpu
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))], ids=["c", "p"])
+def test_a_copy_of_a_prepared_layer_is_independent(duplicate: Callable[[WqLinear], WqLinear]) -> None:
+    _, prepared = for_cpu()
+    x = torch.randn(3, 96).to(BF16)
+    expected = prepared(x)
+    twin = duplicate(prepared)
+    prepared.weight_packed.zero_()
+    prepared._grid.zero_()
+    assert torch.equal(twin(x), expected)
+
+
+@on_a_cpu
+def test_casting_chooses_the_layout_again() -> None:
+    layer, prepared = for_cpu()
+    prepared.to(torch.float32)
+    assert prepared.layout == "stream"
+    layer.to(torch.float32)
+    x = torch.randn(3, 96)
+    assert torch.equal(prepared(x), layer(x))
+    prepared.to(BF16)
+    assert prepared.layout == "int4pack"
+    assert near(prepared(x.to(BF16)), layer, x.to(BF16), 8e-3)  # a cast scale is another scale
+
+
+@on_a_cpu
+def test_going_through_no_device_keeps_it_loadable() -> None:
+    layer, prepared = for_cpu()
+    prepared.to("meta")
+    prepared.load_state_dict(layer.state_dict(), assign=True)
+    x = torch.randn(3, 96).to(BF16)
+    assert prepared.layout == "int4pack"
+    assert near(prepared(x), layer, x)
+
+
+@on_a_cpu
+def test_gradients_still_reach_the_input() -> None:
+    layer, prepared = for_cpu(bias=False)
+    x = torch.randn(3, 96).to(BF16).requires_grad_()
+    y = prepared(x)
+    y.sum().backward()
+    expected = layer.dequantize(torch.float64).sum(0).expand(3, 96)
+    assert (x.grad.double() - expected).norm() < 8e-3 * expected.norm()
+
+
+@on_a_cpu
+def test_threads_share_a_layer() -> None:
+    _, prepared = for_cpu()
+    inputs = [torch.randn(rows, 96).to(BF16) for rows in (1, 3, 70, 200)] * 8
+    expected = [prepared(x) for x in inputs]
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(prepared, inputs))
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@on_a_cpu
+@pytest.mark.parametrize("rows", [1, 200])
+def test_it_compiles_without_a_break(rows: int) -> None:
+    layer, prepared = for_cpu()
+    counter = CompileCounterWithBackend("aot_eager")
+    x = torch.randn(1, rows, 96).to(BF16)
+    with torch.inference_mode():
+        compiled = torch.compile(prepared, backend=counter, fullgraph=True)
+        assert torch.equal(compiled(x), prepared(x))
+    assert counter.frame_count == 1
+    assert near(compiled(x), layer, x)

@@ -125,15 +125,17 @@ class WqLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """`x @ W.T + bias` for x `[..., in]`."""
-        permutation, grid = self.permutation, self._grid
-        if grid is not None and grid.dtype == x.dtype and not ops.wants_gradient(x, self.bias):
+        parameters: dict[str, Any] = self._parameters  # attributes of modules cost: this runs for every token
+        grid = self._grid
+        permutation, bias = parameters["permutation"], parameters["bias"]
+        if grid is not None and grid.dtype is x.dtype and not ops.wants_gradient(x, bias):
             x = x if permutation is None else x.index_select(-1, permutation)
-            return ops.int4pack(x, self.weight_packed, grid, self.bias)
+            return ops.int4pack(x, parameters["weight_packed"], grid, bias)
         out_features, in_features = self._sizes
         if permutation is not None and in_features != self.in_features:
             x, permutation = x.index_select(-1, permutation), None
         sizes = self.scheme.bits, out_features, in_features
-        return ops.linear(x, *self._weight(), permutation, self.bias, *sizes, self._readable)
+        return ops.linear(x, *self._weight(), permutation, bias, *sizes, self._readable)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The dense weight, `[out, in]`, in the order of the input's columns."""
@@ -208,10 +210,10 @@ class WqLinear(nn.Linear):
         return ops.STREAM if self.layout == ops.INT4PACK else self.layout
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """`.to()` and its kin: to another device or dtype means to the layout for it."""
+        """`.to()` and its kin: to another device, or dtype once it was prepared for one, means to the layout for it."""
         device, dtype = self.weight_packed.device, self.weight_scale.dtype
         super()._apply(fn, recurse)
-        cast = self.weight_scale.dtype != dtype
+        cast = self._dtype is not None and self.weight_scale.dtype != dtype
         if cast or self.weight_packed.device != device:
             self.prepare(self.weight_scale.dtype if cast else None)
         return self

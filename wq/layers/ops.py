@@ -161,13 +161,13 @@ def int4pack(x: Tensor, packed: Tensor, grid: Tensor, bias: Tensor | None) -> Te
 
     The kernel for few rows is called right here, so that a token costs little more than it, and torch.compile sees it.
     """
-    in_features = x.shape[-1]
+    *lead, in_features = x.shape
     rows = x.reshape(-1, in_features).contiguous()
     if rows.shape[0] <= pytorch_kernel.FEW:
-        y = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, packed, in_features // grid.shape[0], grid)
+        y = torch._weight_int4pack_mm_for_cpu(rows, packed, in_features // grid.shape[0], grid)
     else:
         y = torch.ops.wq.int4pack(rows, packed, grid)
-    y = y.view(*x.shape[:-1], packed.shape[0])
+    y = y.view(*lead, packed.shape[0])
     return y if bias is None else y + bias.to(y.dtype)
 
 

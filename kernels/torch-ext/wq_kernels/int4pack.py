@@ -65,17 +65,17 @@ def _kernel_size(group_size: int) -> int:
 
 @cache
 def unusable() -> str:
-    """Why the kernel does not run on this processor, or not fast; empty when it does. Computes a small product, once."""
-    if not hasattr(torch.ops.aten, "_weight_int4pack_mm_for_cpu"):
+    """Why the kernel does not run fast on this processor; empty when it does. Computes a small product, once."""
+    if not hasattr(torch, "_weight_int4pack_mm_for_cpu"):
         return f"torch {torch.__version__} has no 4-bit kernel for CPUs"
     generator = torch.Generator().manual_seed(0)
     codes = torch.randint(0, 16, (128, 64), generator=generator, dtype=torch.int32)
-    ours = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
+    ours = torch._convert_weight_to_int4pack_for_cpu(codes, 1)
     if not any(torch.equal(_codes(ours, block), codes.to(torch.uint8)) for block in _BLOCKS):
         return "PyTorch has no vector code for 4 bits on this processor"
     x = torch.randn(3, 64, generator=generator).to(_BF16)
     grid = torch.tensor([0.125, 1.0], dtype=_BF16).expand(2, 128, 2).contiguous()
-    y = torch.ops.aten._weight_int4pack_mm_for_cpu(x, ours, 32, grid)
+    y = torch._weight_int4pack_mm_for_cpu(x, ours, 32, grid)
     expected = x.double() @ ((codes - _OFFSET).double() * 0.125 + 1.0).t()
     if (y.double() - expected).norm() > 0.01 * expected.norm():
         return f"the 4-bit kernel of torch {torch.__version__} computes something else on this processor"
@@ -86,7 +86,7 @@ def unusable() -> str:
 def _block() -> int:
     """Rows in a block on this processor."""
     codes = torch.arange(_ROWS * 2, dtype=torch.int32).view(_ROWS, 2) * 5 % 16
-    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
+    packed = torch._convert_weight_to_int4pack_for_cpu(codes, 1)
     return next(block for block in _BLOCKS if torch.equal(_codes(packed, block), codes.to(torch.uint8)))
 
 
@@ -109,7 +109,7 @@ def from_stream(packed: Tensor, bits: int, in_features: int) -> Tensor:
     step = max(_ROWS, _STEP // in_features // _ROWS * _ROWS)
     for start in range(0, rows, step):
         codes = stream.unpack(packed[start : start + step], bits, in_features).to(torch.int32)
-        out[start : start + step] = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
+        out[start : start + step] = torch._convert_weight_to_int4pack_for_cpu(codes, 1)
     return out
 
 
@@ -141,7 +141,7 @@ def multiply(x: Tensor, packed: Tensor, grid: Tensor) -> Tensor:
     """
     size = x.shape[1] // grid.shape[0]
     if x.shape[0] <= FEW:
-        return torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed, size, grid)
+        return torch._weight_int4pack_mm_for_cpu(x, packed, size, grid)
     y = x.new_empty(x.shape[0], packed.shape[0])
     _multiply_dense(x, packed, grid, y)
     return y

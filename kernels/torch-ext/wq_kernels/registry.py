@@ -87,11 +87,12 @@ def _reason_on_cpu(bits: int, out_features: int, in_features: int, groups: int, 
     from . import int4pack
 
     if not int4pack.supports(bits):
-        return f"no kernel for {bits} bits runs on a CPU"
+        return f"no fused kernel for {bits} bits runs on cpu"
     if not int4pack.computes_in(dtype):
-        return f"no kernel for {'an unknown dtype' if dtype is None else str(dtype).removeprefix('torch.')} runs on a CPU"
+        return f"no fused kernel{'' if dtype is None else f' for {dtype}'} runs on cpu"
     if not int4pack.fits(bits, out_features, in_features, groups):
-        return f"{out_features} rows in groups of {in_features // max(groups, 1)} do not fill the blocks of the kernel"
+        size = in_features // max(groups, 1)
+        return f"{out_features} rows in groups of {size} do not fill the kernel's blocks"
     return int4pack.unusable()
 
 
