@@ -54,6 +54,7 @@ MAX_LINES, MAX_KERNEL_LINES = 60, 120  # a kernel is one function, and a third o
 PACKAGE = "kernels/torch-ext/wq_kernels/"
 WITH_TRITON = ("dense", "experts", "fused", "inner", "sweep", "tune")
 WITHOUT_TRITON = (
+    "bags",
     "checks",
     "configs",
     "counters",

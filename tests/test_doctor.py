@@ -23,7 +23,7 @@ import wq_kernels
 from wq import quantized
 from wq.checkpoint import SINGLE, Entry
 from wq.errors import CheckpointError, ModelError
-from wq_kernels import configs, int4pack, layout, registry, target
+from wq_kernels import configs, layout, registry, target
 
 module = import_module("wq.doctor")
 doctor = module.doctor
@@ -289,22 +289,25 @@ def test_a_checkpoint_larger_than_memory_is_explained(tmp_path: Path) -> None:
 
 
 def test_where_no_fused_kernel_runs_it_says_so(cpu: None, checkpoint: Callable[..., Path]) -> None:
-    for layer in doctor(checkpoint())["layers"]:
-        assert layer["layout"] == "stream"
-        assert layer["why"] == "no fused kernel for torch.float16 runs on cpu"
+    for layer in doctor(checkpoint(bits=3))["layers"]:
+        assert (layer["layout"], layer["why"]) == ("stream", "no fused kernel for 3 bits runs on cpu")
         assert layer["kernels"] == dict.fromkeys(module.ROWS, "dequantize in torch, then matmul")
 
 
-def test_on_a_cpu_bfloat16_has_the_kernel_of_pytorch(cpu: None, checkpoint: Callable[..., Path]) -> None:
-    if int4pack.unusable():
-        pytest.skip(f"here, {int4pack.unusable()}")
+@pytest.mark.parametrize(("dtype", "layout"), [("bfloat16", "int4pack"), ("float32", "bags"), (None, "bags")])
+def test_on_a_cpu_what_multiplies_depends_on_the_dtype(
+    cpu: None, dtype: str | None, layout: str, checkpoint: Callable[..., Path]
+) -> None:
+    kernels = import_module(f"wq_kernels.{layout}")
+    if kernels.unusable():
+        pytest.skip(f"here, {kernels.unusable()}")
     folder = checkpoint(sizes={"hidden_size": 64, "intermediate_size": 128})
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}))
+    (folder / "config.json").write_text(json.dumps({**config, "dtype": dtype}))
     taken = [layer for layer in doctor(folder)["layers"] if layer["out_features"] % 64 == 0]
     assert taken
     for layer in taken:
-        assert (layer["layout"], layer["why"]) == ("int4pack", "PyTorch's 4-bit kernel")
+        assert (layer["layout"], layer["why"]) == (layout, kernels.WHAT)
         assert layer["kernels"][1] == "fused, by PyTorch"
         assert layer["kernels"][512] == "dequantize in tiles, then matmul"
 

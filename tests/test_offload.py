@@ -70,6 +70,11 @@ def logits(model: nn.Module) -> Tensor:
         return model(input_ids=IDS).logits
 
 
+def assert_same_logits(model: nn.Module, reference: nn.Module) -> None:
+    """Near: what is offloaded is multiplied in the layout of checkpoints, where other kernels run."""
+    torch.testing.assert_close(logits(model), logits(reference), rtol=1e-4, atol=1e-5)
+
+
 def offloaded(model: nn.Module) -> int:
     """Packed tensors that are on no device now."""
     modules = [m for m in model.modules() if isinstance(m, (WqLinear, ExpertWeight))]
@@ -101,7 +106,7 @@ def test_a_packed_checkpoint_computes_and_saves_the_same(name: str, where: str, 
     model = load(folder(name), device_map=MAPS[where], offload_folder=tmp_path / "offload")
     before = offloaded(model)
     assert (before > 0) == (where != "cpu")
-    assert torch.equal(logits(model), logits(reference))
+    assert_same_logits(model, reference)
     assert offloaded(model) == before  # nothing stays behind
     assert_same_saved(model, reference, tmp_path)
 
@@ -116,9 +121,9 @@ def test_a_dense_checkpoint_is_rounded_on_load_to_the_same(
     model = load(folder(dense), flag, device_map=MAPS[where], offload_folder=tmp_path / "offload")
     assert (offloaded(model) > 0) == (where != "cpu")
     assert_same_saved(model, reference, tmp_path)  # before a forward, which to accelerate makes two of a tied tensor
-    assert torch.equal(logits(model), logits(reference))
+    assert_same_logits(model, reference)
     again = load(tmp_path / "one", device_map=MAPS[where], offload_folder=tmp_path / "offload again")
-    assert torch.equal(logits(again), logits(reference))
+    assert_same_logits(again, reference)
 
 
 @pytest.mark.parametrize(("name", "share"), [("gptq act-order", 0.9), ("llama", 0.9), ("mixtral", 0.5)])
@@ -130,19 +135,19 @@ def test_auto_fills_the_memory_it_is_given_and_puts_the_rest_on_disk(
     model = load(folder(name), device_map="auto", max_memory=memory, offload_folder=tmp_path)
     assert set(model.hf_device_map.values()) == {"cpu", "disk"}
     assert offloaded(model) > 0
-    assert torch.equal(logits(model), logits(reference))
+    assert_same_logits(model, reference)
 
 
 @pytest.mark.parametrize("name", ["compressed-tensors asymmetric", "gptq act-order", "experts"])
 @pytest.mark.parametrize("kind", ["cpu", "disk"])
 def test_a_loaded_model_can_be_offloaded(kind: str, name: str, folder: Folder, tmp_path: Path) -> None:
-    model, expected = load(folder(name)), logits(load(folder(name)))
+    model = load(folder(name))
     if kind == "cpu":
         accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
     else:
         accelerate.disk_offload(model, tmp_path, execution_device=torch.device("cpu"))
     assert offloaded(model) > 0
-    assert torch.equal(logits(model), expected)
+    assert_same_logits(model, load(folder(name)))
 
 
 @pytest.mark.parametrize("name", ["gptq", "experts"])
@@ -173,7 +178,7 @@ def test_an_offloaded_model_is_dequantized_as_it_loads_not_afterwards(folder: Fo
         model = load(folder(name), **options)
         with pytest.raises(ModelError, match=r"layers\.1\..* is offloaded; load the model with WqConfig\(dequantize"):
             model.dequantize()
-        assert torch.equal(logits(model), logits(load(folder(name))))  # as it was
+        assert_same_logits(model, load(folder(name)))  # as it was
 
 
 def test_a_weight_that_is_missing_is_an_error_on_disk_too(folder: Folder, tmp_path: Path) -> None:

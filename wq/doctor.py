@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from importlib import metadata
+from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from wq.checkpoint import read_headers
 from wq.errors import CheckpointError, ModelError
 from wq.machine import default_device
 from wq.scheme import Scheme
-from wq_kernels import configs, int4pack, layout, registry
+from wq_kernels import configs, layout, registry
 
 PACKAGES = ("torch", "triton", "transformers", "accelerate", "safetensors", "compressed-tensors", "kernels")
 ROWS = (1, 16, 64, 256, 512)  # of the input, for which a kernel is shown
@@ -107,8 +107,9 @@ def _kernel(where: str, rows: int, bits: int, n: int, k: int, groups: int, archi
     if where == registry.STREAM:
         name = wq_kernels.select("cuda" if architecture else _first_device().type, bits).__name__.rpartition(".")[2]
         return {"reference": "dequantize in torch, then matmul", "dense": "dequantize in Triton, then matmul"}[name]
-    if where == registry.INT4PACK:
-        return "fused, by PyTorch" if rows <= int4pack.FEW else "dequantize in tiles, then matmul"
+    if where in registry.CPU_LAYOUTS:
+        few = import_module(f"wq_kernels.{where}").FEW
+        return "fused, by PyTorch" if rows <= few else "dequantize in tiles, then matmul"
     if rows > configs.FUSED_ROWS:
         return "dequantize in pieces, then matmul"
     blocks = -(-k // layout.block_columns(bits))

@@ -15,7 +15,7 @@ from torch.nn import functional
 
 import wq_kernels
 from wq.layers import ops
-from wq_kernels import Backend, int4pack, layout, reference, registry
+from wq_kernels import Backend, bags, int4pack, layout, reference, registry
 
 PACKAGE = Path(wq_kernels.__file__).parent
 WORD = 0xFFFFFFFF
@@ -210,11 +210,15 @@ def test_the_layout_preferred_where_no_fused_kernel_runs_is_that_of_checkpoints(
     [
         (4, 4096, 32, torch.bfloat16, "", ("int4pack", "PyTorch's 4-bit kernel")),
         (4, 4096, 1, torch.bfloat16, "", ("int4pack", "PyTorch's 4-bit kernel")),
+        (4, 4096, 32, torch.float32, "", ("bags", "PyTorch's embedding bags")),
+        (8, 4096, 32, torch.bfloat16, "", ("bags", "PyTorch's embedding bags")),
+        (2, 4096, 32, torch.float16, "", ("bags", "PyTorch's embedding bags")),
+        (4, 4098, 32, torch.bfloat16, "", ("bags", "PyTorch's embedding bags")),
+        (4, 4096, 256, torch.bfloat16, "", ("bags", "PyTorch's embedding bags")),
         (3, 4096, 32, torch.bfloat16, "", ("stream", "no fused kernel for 3 bits runs on cpu")),
-        (4, 4096, 32, torch.float32, "", ("stream", "no fused kernel for torch.float32 runs on cpu")),
+        (4, 4096, 32, torch.float64, "", ("stream", "no fused kernel for torch.float64 runs on cpu")),
         (4, 4096, 32, None, "", ("stream", "no fused kernel runs on cpu")),
-        (4, 4097, 32, torch.bfloat16, "", ("stream", "4097 rows in groups of 128 do not fill")),
-        (4, 4096, 256, torch.bfloat16, "", ("stream", "4096 rows in groups of 16 do not fill")),
+        (4, 4097, 32, torch.bfloat16, "", ("stream", "4097 rows in 32 groups do not fill")),
         (4, 4096, 32, torch.bfloat16, "an old processor", ("stream", "an old processor")),
     ],
 )
@@ -227,7 +231,8 @@ def test_the_layout_preferred_on_a_cpu_is_that_of_the_kernel_where_it_takes_the_
     unusable: str,
     expected: tuple[str, str],
 ) -> None:
-    monkeypatch.setattr(int4pack, "unusable", lambda: unusable)
+    for module in (int4pack, bags):
+        monkeypatch.setattr(module, "unusable", lambda: unusable)
     name, why = registry.reason(torch.device("cpu"), bits, out_features, 4096, groups, dtype)
     assert (name, why[: len(expected[1])]) == expected
     assert wq_kernels.preferred_layout(torch.device("cpu"), bits, out_features, 4096, groups, dtype) == name

@@ -33,8 +33,12 @@ def prepared(
     """A weight's bytes and grid, and the weight in float64."""
     packed, scale, zero = random_weight(4, symmetric, out_features, in_features, groups, dtype)
     exact = reference.dequantize(packed, scale, zero, 4, out_features, in_features, torch.float64)
-    grid = int4pack.make_grid(scale, zero, out_features, in_features, BF16)
+    grid = int4pack.make_grid(scale, zero, 4, out_features, in_features)
     return int4pack.from_stream(packed, 4, in_features), grid, exact
+
+
+def op(x: Tensor, packed: Tensor, grid: Tensor, bias: Tensor | None = None) -> Tensor:
+    return ops.on_cpu(x, packed, grid, bias, 4, packed.shape[0], "int4pack")
 
 
 @each_shape
@@ -119,7 +123,7 @@ def test_a_row_is_the_same_whatever_rows_are_beside_it(row: int) -> None:
 def test_no_rows_at_all() -> None:
     packed, grid, _ = prepared(64, 64, 2)
     assert int4pack.multiply(torch.empty(0, 64, dtype=BF16), packed, grid).shape == (0, 64)
-    assert ops.int4pack(torch.empty(2, 0, 64, dtype=BF16), packed, grid, None).shape == (2, 0, 64)
+    assert op(torch.empty(2, 0, 64, dtype=BF16), packed, grid).shape == (2, 0, 64)
 
 
 @each_way
@@ -128,7 +132,7 @@ def test_the_op_takes_any_shape_strides_and_bias(rows: int, lead: tuple[int, ...
     packed, grid, exact = prepared(192, 576, 9)
     x = torch.randn(*lead, rows, 576 * 2).to(BF16)[..., ::2]
     bias = torch.randn(192, dtype=torch.float16)
-    y = ops.int4pack(x, packed, grid, bias)
+    y = op(x, packed, grid, bias)
     assert (y.dtype, y.shape) == (BF16, (*lead, rows, 192))
     assert error(y, functional.linear(x.double(), exact, bias.double())) < 4e-3
 
@@ -136,7 +140,7 @@ def test_the_op_takes_any_shape_strides_and_bias(rows: int, lead: tuple[int, ...
 def test_one_vector() -> None:
     packed, grid, exact = prepared(64, 64, 2)
     x = torch.randn(64).to(BF16)
-    assert error(ops.int4pack(x, packed, grid, None), exact @ x.double()) < 4e-3
+    assert error(op(x, packed, grid), exact @ x.double()) < 4e-3
 
 
 @pytest.mark.parametrize(("capability", "expected"), [("avx2", ""), ("default", "no vector code for 4 bits")])
@@ -153,7 +157,7 @@ if not int4pack.unusable():
     zero = torch.randint(-2**31, 2**31, (24, 9)).to(torch.int32)
     scale = torch.rand(192, 9).half()
     exact = reference.dequantize(packed, scale, zero, 4, 192, 576, torch.float64)
-    ours, grid = int4pack.from_stream(packed, 4, 576), int4pack.make_grid(scale, zero, 192, 576, torch.bfloat16)
+    ours, grid = int4pack.from_stream(packed, 4, 576), int4pack.make_grid(scale, zero, 4, 192, 576)
     assert torch.equal(int4pack.to_stream(ours, 4), packed)
     for rows in (1, 100):
         x = torch.randn(rows, 576).bfloat16()

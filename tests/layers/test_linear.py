@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -24,7 +25,7 @@ from wq.layers import PackedWeight, WqLinear
 from wq.pipeline.quantizer import quantize
 from wq.scheme import PER_CHANNEL, Scheme
 from wq.solvers import Solution
-from wq_kernels import int4pack
+from wq_kernels import bags, int4pack
 
 SHAPES = [(40, 96, 32), (40, 96, PER_CHANNEL), (33, 64, 16), (7, 40, PER_CHANNEL)]  # out, in, group size
 # All that tiles take: groups shorter and longer than a block of words, columns and rows that are padded and not.
@@ -567,6 +568,10 @@ def logits(model: nn.Module) -> Tensor:
         return model(input_ids=torch.arange(2, 50).reshape(2, 24)).logits
 
 
+def prefer(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wq_kernels, "preferred_layout", lambda *asked: name)
+
+
 def layouts(model: nn.Module) -> list[str]:
     return [module.layout for module in model.modules() if isinstance(module, WqLinear)]
 
@@ -577,6 +582,7 @@ def test_a_tiled_model_computes_and_saves_what_the_checkpoint_holds(
 ) -> None:
     source = tmp_path / "source"
     quantize(tiny_model(), source, method="rtn", **{"group_size": 32, **options})
+    prefer("stream", monkeypatch)
     models = {"stream": AutoModelForCausalLM.from_pretrained(source, quantization_config=WqConfig(), dtype="auto")}
     prefer_tiles(monkeypatch)
     models["tiled"] = AutoModelForCausalLM.from_pretrained(source, quantization_config=WqConfig(), dtype="auto")
@@ -597,6 +603,7 @@ def test_what_is_quantized_on_load_is_tiled_and_saved_the_same(
     symmetric: bool, tiny_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = {"group_size": 32, "symmetric": symmetric}
+    prefer("stream", monkeypatch)
     stream = AutoModelForCausalLM.from_pretrained(tiny_model(), quantization_config=WqConfig(**config))
     prefer_tiles(monkeypatch)
     tiled = AutoModelForCausalLM.from_pretrained(tiny_model(), quantization_config=WqConfig(**config))
@@ -610,17 +617,25 @@ def test_what_is_quantized_on_load_is_tiled_and_saved_the_same(
 
 # --- PyTorch's kernel on CPUs ---
 
-on_a_cpu = pytest.mark.skipif(bool(int4pack.unusable()), reason=f"here, {int4pack.unusable()}")
+on_a_cpu = pytest.mark.skipif(
+    bool(int4pack.unusable() or bags.unusable()), reason=f"here, {int4pack.unusable()}{bags.unusable()}"
+)
 BF16 = torch.bfloat16
+KIND = {"int4pack": BF16, "bags": torch.float32}
+BOUND = {"int4pack": 4e-3, "bags": 1e-5}
+
+each_cpu_layout = pytest.mark.parametrize(("layout", "bits"), [("int4pack", 4), ("bags", 4), ("bags", 2), ("bags", 8)])
 
 
-def for_cpu(*, symmetric: bool = False, bias: bool = True, permuted: bool = False) -> tuple[WqLinear, WqLinear]:
-    """A layer as a checkpoint has it, and prepared for bfloat16."""
-    layer, _ = make(64, 96, scheme=Scheme(4, 32, symmetric), bias=bias)
+def for_cpu(
+    *, symmetric: bool = False, bias: bool = True, permuted: bool = False, bits: int = 4, layout: str = "int4pack"
+) -> tuple[WqLinear, WqLinear]:
+    """A layer as a checkpoint has it, and prepared: for bfloat16 in `int4pack`, for float32 in `bags`."""
+    layer, _ = make(64, 96, scheme=Scheme(bits, 32, symmetric), bias=bias)
     if permuted:
         layer.permutation = nn.Parameter(torch.randperm(96, dtype=torch.int32), requires_grad=False)
-    prepared = copy.deepcopy(layer).prepare(BF16)
-    assert prepared.layout == "int4pack"
+    prepared = copy.deepcopy(layer).prepare(KIND[layout])
+    assert prepared.layout == layout
     return layer, prepared
 
 
@@ -635,19 +650,22 @@ def near(actual: Tensor, layer: WqLinear, x: Tensor, bound: float = 4e-3) -> boo
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
 @pytest.mark.parametrize("permuted", [True, False], ids=["act-order", "in order"])
 @pytest.mark.parametrize("rows", [1, 5, 200])
-def test_the_kernel_for_cpus_computes_the_product(symmetric: bool, bias: bool, permuted: bool, rows: int) -> None:
-    layer, prepared = for_cpu(symmetric=symmetric, bias=bias, permuted=permuted)
-    x = torch.randn(2, rows, 96).to(BF16)
+@each_cpu_layout
+def test_the_kernels_for_cpus_compute_the_product(
+    layout: str, bits: int, symmetric: bool, bias: bool, permuted: bool, rows: int
+) -> None:
+    layer, prepared = for_cpu(symmetric=symmetric, bias=bias, permuted=permuted, layout=layout, bits=bits)
+    x = torch.randn(2, rows, 96).to(KIND[layout])
     with torch.inference_mode():
         y = prepared(x)
-    assert (y.dtype, y.shape) == (BF16, (2, rows, 64))
-    assert near(y, layer, x)
-    assert near(prepared(x), layer, x)
+    assert (y.dtype, y.shape) == (x.dtype, (2, rows, 64))
+    assert near(y, layer, x, BOUND[layout])
+    assert torch.equal(prepared(x), y)
 
 
 @on_a_cpu
 @each_grid
-@each_dtype
+@pytest.mark.parametrize("dtype", [torch.float16, BF16, torch.float32, torch.float64], ids=str)
 def test_what_is_not_bfloat16_is_computed_as_before(symmetric: bool, dtype: torch.dtype) -> None:
     layer, prepared = for_cpu(symmetric=symmetric)
     layer.bias.data, prepared.bias.data = layer.bias.data.to(dtype), prepared.bias.data.to(dtype)
@@ -661,13 +679,16 @@ def test_what_is_not_bfloat16_is_computed_as_before(symmetric: bool, dtype: torc
 
 @on_a_cpu
 @each_grid
-def test_the_state_of_a_layer_prepared_for_a_cpu_is_that_of_the_checkpoint(symmetric: bool) -> None:
-    layer, prepared = for_cpu(symmetric=symmetric)
+@each_cpu_layout
+def test_the_state_of_a_layer_prepared_for_a_cpu_is_that_of_the_checkpoint(
+    layout: str, bits: int, symmetric: bool
+) -> None:
+    layer, prepared = for_cpu(symmetric=symmetric, layout=layout, bits=bits)
     assert_same_state(prepared.state_dict(), layer.state_dict())
-    other = for_cpu(symmetric=symmetric)[1]
+    other = for_cpu(symmetric=symmetric, layout=layout, bits=bits)[1]
     other.load_state_dict(layer.state_dict())
-    assert other.layout == "int4pack"
-    x = torch.randn(3, 96).to(BF16)
+    assert other.layout == layout
+    x = torch.randn(3, 96).to(KIND[layout])
     assert torch.equal(other(x), prepared(x))
     prepared._set_layout("stream")
     assert_same_state(dict(prepared.named_parameters()), dict(layer.named_parameters()))
@@ -676,9 +697,12 @@ def test_the_state_of_a_layer_prepared_for_a_cpu_is_that_of_the_checkpoint(symme
 
 @on_a_cpu
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))], ids=["c", "p"])
-def test_a_copy_of_a_prepared_layer_is_independent(duplicate: Callable[[WqLinear], WqLinear]) -> None:
-    _, prepared = for_cpu()
-    x = torch.randn(3, 96).to(BF16)
+@each_cpu_layout
+def test_a_copy_of_a_prepared_layer_is_independent(
+    layout: str, bits: int, duplicate: Callable[[WqLinear], WqLinear]
+) -> None:
+    _, prepared = for_cpu(layout=layout, bits=bits)
+    x = torch.randn(3, 96).to(KIND[layout])
     expected = prepared(x)
     twin = duplicate(prepared)
     prepared.weight_packed.zero_()
@@ -689,24 +713,55 @@ def test_a_copy_of_a_prepared_layer_is_independent(duplicate: Callable[[WqLinear
 @on_a_cpu
 def test_casting_chooses_the_layout_again() -> None:
     layer, prepared = for_cpu()
-    prepared.to(torch.float32)
+    prepared.to(torch.float64)
     assert prepared.layout == "stream"
+    prepared.to(torch.float32)
+    assert prepared.layout == "bags"
     layer.to(torch.float32)
     x = torch.randn(3, 96)
-    assert torch.equal(prepared(x), layer(x))
+    assert near(prepared(x), layer, x, 1e-5)
     prepared.to(BF16)
     assert prepared.layout == "int4pack"
     assert near(prepared(x.to(BF16)), layer, x.to(BF16), 8e-3)  # a cast scale is another scale
 
 
 @on_a_cpu
-def test_going_through_no_device_keeps_it_loadable() -> None:
-    layer, prepared = for_cpu()
+@each_cpu_layout
+def test_going_through_no_device_keeps_it_loadable(layout: str, bits: int) -> None:
+    layer, prepared = for_cpu(layout=layout, bits=bits)
     prepared.to("meta")
     prepared.load_state_dict(layer.state_dict(), assign=True)
-    x = torch.randn(3, 96).to(BF16)
-    assert prepared.layout == "int4pack"
-    assert near(prepared(x), layer, x)
+    x = torch.randn(3, 96).to(KIND[layout])
+    assert prepared.layout == layout
+    assert near(prepared(x), layer, x, BOUND[layout])
+
+
+@on_a_cpu
+@each_cpu_layout
+@each_grid
+def test_a_prepared_layer_that_is_offloaded_goes_back_to_the_layout_of_its_state(
+    layout: str, bits: int, symmetric: bool
+) -> None:
+    layer, prepared = for_cpu(layout=layout, bits=bits, symmetric=symmetric, bias=False)
+    model = nn.Sequential(prepared)
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    assert prepared.layout == "stream"
+    x = torch.randn(3, 96).to(KIND[layout])
+    assert near(model(x), layer, x, BOUND[layout])
+
+
+@on_a_cpu
+@each_cpu_layout
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_the_same_cast_again_damages_nothing(layout: str, bits: int, dtype: torch.dtype) -> None:
+    """A buffer is cast with its module: what it is made of has not changed, and it must not either."""
+    layer, prepared = for_cpu(layout=layout, bits=bits)
+    for _ in range(2):
+        prepared.to(dtype)
+    layer.to(dtype)
+    x = torch.randn(3, 96).to(dtype)
+    assert prepared.layout == "bags"
+    assert near(prepared(x), layer, x, 1e-5 if dtype == torch.float32 else 5e-4)
 
 
 @on_a_cpu
@@ -720,9 +775,10 @@ def test_gradients_still_reach_the_input() -> None:
 
 
 @on_a_cpu
-def test_threads_share_a_layer() -> None:
-    _, prepared = for_cpu()
-    inputs = [torch.randn(rows, 96).to(BF16) for rows in (1, 3, 70, 200)] * 8
+@each_cpu_layout
+def test_threads_share_a_layer(layout: str, bits: int) -> None:
+    _, prepared = for_cpu(layout=layout, bits=bits)
+    inputs = [torch.randn(rows, 96).to(KIND[layout]) for rows in (1, 3, 70, 200)] * 8
     expected = [prepared(x) for x in inputs]
     with ThreadPoolExecutor(8) as pool:
         found = list(pool.map(prepared, inputs))
@@ -731,12 +787,14 @@ def test_threads_share_a_layer() -> None:
 
 @on_a_cpu
 @pytest.mark.parametrize("rows", [1, 200])
-def test_it_compiles_without_a_break(rows: int) -> None:
-    layer, prepared = for_cpu()
+@each_cpu_layout
+def test_it_compiles_without_a_break(layout: str, bits: int, rows: int) -> None:
+    torch._dynamo.reset()
+    layer, prepared = for_cpu(layout=layout, bits=bits)
     counter = CompileCounterWithBackend("aot_eager")
-    x = torch.randn(1, rows, 96).to(BF16)
+    x = torch.randn(1, rows, 96).to(KIND[layout])
     with torch.inference_mode():
         compiled = torch.compile(prepared, backend=counter, fullgraph=True)
         assert torch.equal(compiled(x), prepared(x))
     assert counter.frame_count == 1
-    assert near(compiled(x), layer, x)
+    assert near(compiled(x), layer, x, BOUND[layout])

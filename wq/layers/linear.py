@@ -12,7 +12,6 @@ import wq_kernels
 from wq.layers import ops
 from wq.layers.parts import Join, join, local
 from wq.scheme import Scheme
-from wq_kernels import int4pack
 from wq_kernels import layout as tiles
 from wq_kernels import stream as bit_stream
 
@@ -106,9 +105,9 @@ class WqLinear(nn.Linear):
         self.part: tuple[int, int] | None = None
         self.layout = ops.STREAM
         self._dtype: torch.dtype | None = None  # of what the weight is multiplied by, once it is known
-        self._grid: Tensor | None = None  # beside the scales, for the kernel on CPUs
         self._joins: dict[str, Join] = {}
         self.transposed = False
+        self.register_buffer("_grid", None, persistent=False)  # made of scales and zero points, for a kernel on CPUs
         self._is_hf_initialized = True
         groups = scheme.groups(in_features)
         scale = dtype or torch.get_default_dtype()
@@ -126,11 +125,12 @@ class WqLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """`x @ W.T + bias` for x `[..., in]`."""
         parameters: dict[str, Any] = self._parameters  # attributes of modules cost: this runs for every token
-        grid = self._grid
+        grid = self._buffers["_grid"]
         permutation, bias = parameters["permutation"], parameters["bias"]
-        if grid is not None and grid.dtype is x.dtype and not ops.wants_gradient(x, bias):
+        if grid is not None and ops.ON_CPU[self.layout].computes_in(x.dtype) and not ops.wants_gradient(x, bias):
             x = x if permutation is None else x.index_select(-1, permutation)
-            return ops.int4pack(x, parameters["weight_packed"], grid, bias)
+            out_features = self.out_features if self.part is None else self.part[0]
+            return ops.on_cpu(x, parameters["weight_packed"], grid, bias, self.scheme.bits, out_features, self.layout)
         out_features, in_features = self._sizes
         if permutation is not None and in_features != self.in_features:
             x, permutation = x.index_select(-1, permutation), None
@@ -174,8 +174,8 @@ class WqLinear(nn.Linear):
                 self._joins = {name: join(getattr(self, name)) for name in _WEIGHT}
             if layout == ops.TILED:
                 packed, scale, zero = tiles.from_stream(packed, scale, zero, *sizes)
-            elif layout == ops.INT4PACK:
-                packed = int4pack.from_stream(packed, *sizes)
+            elif layout in ops.ON_CPU:
+                packed = ops.ON_CPU[layout].from_stream(packed, *sizes)
             for name, part in zip(_WEIGHT, (packed, scale, zero), strict=True):
                 tensor = part if part is None or layout != ops.STREAM else self._joins[name](part)
                 parameter = None if tensor is None else nn.Parameter(tensor, requires_grad=False)
@@ -184,9 +184,9 @@ class WqLinear(nn.Linear):
                 setattr(self, name, parameter)
             self.layout = layout
         self._grid = None
-        if layout == ops.INT4PACK and not self.weight_packed.is_meta:
-            zero = self.weight_zero_point
-            self._grid = int4pack.make_grid(self.weight_scale.detach(), zero, *self._sizes, torch.bfloat16)
+        if layout in ops.ON_CPU and not self.weight_packed.is_meta:
+            scale, zero = self.weight_scale.detach(), self.weight_zero_point
+            self._grid = ops.ON_CPU[layout].make_grid(scale, zero, self.scheme.bits, *self._sizes)
 
     def _stream(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """packed, scale and zero as a checkpoint has them; this process's part of them."""
@@ -194,29 +194,38 @@ class WqLinear(nn.Linear):
         if self.layout == ops.TILED:
             assert zero is not None  # the tiled layout has zero points on every grid
             return tiles.to_stream(packed, scale, zero.detach(), self.scheme.bits, *self._sizes, self.scheme.symmetric)
-        if self.layout == ops.INT4PACK:
-            packed = int4pack.to_stream(packed, self.scheme.bits)
+        if self.layout in ops.ON_CPU:
+            packed = ops.ON_CPU[self.layout].to_stream(packed, self.scheme.bits)
         return packed, scale, None if zero is None else local(zero)
 
     def _weight(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """packed, scale and zero in the layout `_readable`."""
-        if self.layout == ops.INT4PACK:
+        if self.layout in ops.ON_CPU:
             return self._stream()
         return self.weight_packed, self.weight_scale, self.weight_zero_point
 
     @property
     def _readable(self) -> str:
         """The layout that every op reads which is nearest to the weight's."""
-        return ops.STREAM if self.layout == ops.INT4PACK else self.layout
+        return ops.STREAM if self.layout in ops.ON_CPU else self.layout
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """accelerate, which offloads what has a hook of its, brings back the tensors of the state dict: the stream."""
+        super().__setattr__(name, value)
+        if name == "_hf_hook" and self.weight_packed.is_meta:
+            self._set_layout(ops.STREAM)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """`.to()` and its kin: to another device, or dtype once it was prepared for one, means to the layout for it."""
-        device, dtype = self.weight_packed.device, self.weight_scale.dtype
+        device, before = self.weight_packed.device, self._dtypes()
         super()._apply(fn, recurse)
-        cast = self._dtype is not None and self.weight_scale.dtype != dtype
-        if cast or self.weight_packed.device != device:
-            self.prepare(self.weight_scale.dtype if cast else None)
+        if self._dtype is not None or self.weight_packed.device != device:
+            self.prepare(next((now for now, was in zip(self._dtypes(), before, strict=True) if now != was), None))
         return self
+
+    def _dtypes(self) -> tuple[torch.dtype | None, ...]:
+        """Of what a cast changes, that which is made again first."""
+        return None if self._grid is None else self._grid.dtype, self.weight_scale.dtype
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 import wq_kernels
-from wq_kernels import checks
-from wq_kernels import int4pack as pytorch_kernel
+from wq_kernels import bags, checks, int4pack
 from wq_kernels import layout as tiles
 
-STREAM, TILED, INT4PACK = "stream", "tiled", "int4pack"  # the first is that of checkpoints
+STREAM, TILED = "stream", "tiled"  # the first is that of checkpoints
+ON_CPU = {"int4pack": int4pack, "bags": bags}  # what multiplies in the layouts for CPUs
 
 _LIBRARY = torch.library.Library("wq", "DEF")
 _WEIGHT = "Tensor packed, Tensor scale, Tensor? zero"
@@ -36,7 +36,9 @@ _LIBRARY.define(
     f"expert_linear_backward(Tensor grad, Tensor expert_of_row, {_WEIGHT}, SymInt inputs, {_SIZES}) -> Tensor",
     tags=_TAGS,
 )
-_LIBRARY.define("int4pack(Tensor x, Tensor packed, Tensor grid) -> Tensor", tags=_TAGS)
+_LIBRARY.define(
+    "on_cpu(Tensor x, Tensor packed, Tensor grid, int bits, int out_features, str layout) -> Tensor", tags=_TAGS
+)
 
 
 def _linear_backward(
@@ -57,12 +59,17 @@ def _linear_backward(
     return torch.empty_like(grad_x).index_copy_(-1, permutation.long(), grad_x)
 
 
+def _on_cpu(x: Tensor, packed: Tensor, grid: Tensor, bits: int, out_features: int, layout: str) -> Tensor:
+    y: Tensor = ON_CPU[layout].multiply(x, packed, grid, bits)
+    return y
+
+
 for _key in ("CPU", "CUDA", "XPU", "MPS"):
     _LIBRARY.impl("linear", wq_kernels.linear, _key)
     _LIBRARY.impl("linear_backward", _linear_backward, _key)
     _LIBRARY.impl("expert_linear", wq_kernels.expert_linear, _key)
     _LIBRARY.impl("expert_linear_backward", tiles.expert_linear_backward, _key)
-_LIBRARY.impl("int4pack", pytorch_kernel.multiply, "CPU")
+_LIBRARY.impl("on_cpu", _on_cpu, "CPU")
 
 
 @torch.library.register_fake("wq::linear", lib=_LIBRARY)
@@ -101,9 +108,9 @@ def _expert_linear_backward_fake(grad: Tensor, *rest: Any) -> Tensor:
     return grad.new_empty(rest[-4], rest[-1])
 
 
-@torch.library.register_fake("wq::int4pack", lib=_LIBRARY)
-def _int4pack_fake(x: Tensor, packed: Tensor, grid: Tensor) -> Tensor:
-    return x.new_empty(x.shape[0], packed.shape[0])
+@torch.library.register_fake("wq::on_cpu", lib=_LIBRARY)
+def _on_cpu_fake(x: Tensor, packed: Tensor, grid: Tensor, bits: int, out_features: int, layout: str) -> Tensor:
+    return x.new_empty(x.shape[0], out_features)
 
 
 def _autocasts(x: Tensor) -> bool:
@@ -156,18 +163,20 @@ def wants_gradient(x: Tensor, bias: Tensor | None) -> bool:
     return torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
 
 
-def int4pack(x: Tensor, packed: Tensor, grid: Tensor, bias: Tensor | None) -> Tensor:
-    """`x @ W.T + bias`, `[..., out]`, for x `[..., in]` in the grid's dtype; see `wq_kernels.int4pack`. No gradients.
+def on_cpu(
+    x: Tensor, packed: Tensor, grid: Tensor, bias: Tensor | None, bits: int, out_features: int, layout: str
+) -> Tensor:
+    """`x @ W.T + bias`, `[..., out]`, for x `[..., in]` in a dtype that the layout's module computes in. No gradients.
 
     The kernel for few rows is called right here, so that a token costs little more than it, and torch.compile sees it.
     """
     *lead, in_features = x.shape
     rows = x.reshape(-1, in_features).contiguous()
-    if rows.shape[0] <= pytorch_kernel.FEW:
+    if layout == "int4pack" and rows.shape[0] <= int4pack.FEW:
         y = torch._weight_int4pack_mm_for_cpu(rows, packed, in_features // grid.shape[0], grid)
     else:
-        y = torch.ops.wq.int4pack(rows, packed, grid)
-    y = y.view(*lead, packed.shape[0])
+        y = torch.ops.wq.on_cpu(rows, packed, grid, bits, out_features, layout)
+    y = y.view(*lead, out_features)
     return y if bias is None else y + bias.to(y.dtype)
 
 

@@ -23,6 +23,7 @@ from . import stream
 
 __all__ = [
     "FEW",
+    "WHAT",
     "computes_in",
     "fits",
     "from_stream",
@@ -33,6 +34,7 @@ __all__ = [
     "unusable",
 ]
 
+WHAT = "PyTorch's 4-bit kernel"
 FEW = 64  # rows; measured by scripts/bench_cpu.py, see `multiply`
 _SIZES = (256, 128, 64, 32)  # groups that the kernel takes
 _BLOCKS = (64, 32)
@@ -118,22 +120,22 @@ def to_stream(packed: Tensor, bits: int) -> Tensor:
     return stream.pack(_codes(packed, _block()), bits)
 
 
-def make_grid(scale: Tensor, zero: Tensor | None, out_features: int, in_features: int, dtype: torch.dtype) -> Tensor:
+def make_grid(scale: Tensor, zero: Tensor | None, bits: int, out_features: int, in_features: int) -> Tensor:
     """`[K / g, N, 2]`: what the kernel wants to know of `scale` and `zero`, which are as in `reference`."""
     exact = scale.to(_F32)
     offset = torch.zeros_like(exact)
     if zero is not None:
-        points = stream.unpack(zero.t(), 4, out_features).t()
+        points = stream.unpack(zero.t(), bits, out_features).t()
         offset = (_OFFSET - points.to(_F32)) * exact
     size = in_features // scale.shape[1]
-    grid = torch.stack((exact, offset), -1).transpose(0, 1).to(dtype)
+    grid = torch.stack((exact, offset), -1).transpose(0, 1).to(_BF16)
     return grid.repeat_interleave(size // _kernel_size(size), 0).contiguous()
 
 
 # --- products ---
 
 
-def multiply(x: Tensor, packed: Tensor, grid: Tensor) -> Tensor:
+def multiply(x: Tensor, packed: Tensor, grid: Tensor, bits: int = 4) -> Tensor:
     """`x @ W.T`, `[rows, N]`, for x `[rows, K]`, contiguous, in the grid's dtype.
 
     Where the two ways cost the same depends on the processor; between 16 and 100 rows they are within a factor of two

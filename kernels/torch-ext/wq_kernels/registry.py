@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["BACKENDS", "INT4PACK", "LAYOUTS", "Backend", "get", "preferred_layout", "select"]
+__all__ = ["BACKENDS", "CPU_LAYOUTS", "LAYOUTS", "Backend", "get", "preferred_layout", "select"]
 
 STREAM, TILED = "stream", "tiled"
 LAYOUTS = (STREAM, TILED)  # of the backends
-INT4PACK = "int4pack"  # of PyTorch's own kernel for CPUs, in a module of its own: it computes in one dtype only
+CPU_LAYOUTS = ("int4pack", "bags")  # each has a module of its own, called like it; the preferred first
 _ANY = "any"
 _log = logging.getLogger(__name__)
 
@@ -74,26 +74,31 @@ def reason(
 ) -> tuple[str, str]:
     """`preferred_layout`, and why, in a few words."""
     if device.type == "cpu":
-        refusal = _reason_on_cpu(bits, out_features, in_features, groups, dtype)
-        return (STREAM, refusal) if refusal else (INT4PACK, "PyTorch's 4-bit kernel")
+        return _reason_on_cpu(bits, out_features, in_features, groups, dtype)
     if device.type not in BACKENDS["fused"].devices:
         return STREAM, f"no fused kernel runs on {device.type}"
     refusal = reason_for_shape(bits, in_features, groups) or unusable(device)
     return (STREAM, refusal) if refusal else (TILED, "fused")
 
 
-def _reason_on_cpu(bits: int, out_features: int, in_features: int, groups: int, dtype: torch.dtype | None) -> str:
-    """Why the kernel for CPUs does not take such a weight; empty when it does."""
-    from . import int4pack
-
-    if not int4pack.supports(bits):
-        return f"no fused kernel for {bits} bits runs on cpu"
-    if not int4pack.computes_in(dtype):
-        return f"no fused kernel{'' if dtype is None else f' for {dtype}'} runs on cpu"
-    if not int4pack.fits(bits, out_features, in_features, groups):
-        size = in_features // max(groups, 1)
-        return f"{out_features} rows in groups of {size} do not fill the kernel's blocks"
-    return int4pack.unusable()
+def _reason_on_cpu(
+    bits: int, out_features: int, in_features: int, groups: int, dtype: torch.dtype | None
+) -> tuple[str, str]:
+    """The first layout for CPUs whose module takes such a weight; else why the last, which takes more, does not."""
+    why = ""
+    for name in CPU_LAYOUTS:
+        module = import_module(f".{name}", __package__)
+        if not module.supports(bits):
+            why = f"no fused kernel for {bits} bits runs on cpu"
+        elif not module.computes_in(dtype):
+            why = f"no fused kernel{'' if dtype is None else f' for {dtype}'} runs on cpu"
+        elif not module.fits(bits, out_features, in_features, groups):
+            why = f"{out_features} rows in {groups} groups do not fill bytes"
+        else:
+            why = module.unusable()
+            if not why:
+                return name, module.WHAT
+    return STREAM, why
 
 
 def reason_for_shape(bits: int, in_features: int, groups: int) -> str:
