@@ -1,13 +1,13 @@
 """Speed and memory on a CPU: single products, and a model that reads and writes, beside the dense original and peers.
 
 usage: python scripts/bench_cpu.py raw [--dtypes bfloat16 float32] [--models SmolLM2-135M Llama-3-8B] --out RESULT.json
-       python scripts/bench_cpu.py model DENSE PACKED [--environments FOLDER --gptq FOLDER --gguf FILE] --out RESULT.json
+       python scripts/bench_cpu.py model DENSE PACKED [--environments DIR --gptq DIR --gguf FILE] --out RESULT.json
        python scripts/bench_cpu.py plot RESULT.json PLOT.svg
 
 A machine's speed drifts, so what is compared is measured in turns, round after round, and figures are medians with the
 tenth and ninetieth percentile. `model` keeps one process for each contender, which waits while the others have theirs:
-`gptqmodel` and `torchao` with the Python FOLDER/NAME/bin/python (see scripts/peers/README.md), llama.cpp with that of
-FOLDER/llamacpp, which has llama-cpp-python. A contender that cannot run says why. --compile adds compiled decoding.
+`gptqmodel` and `torchao` with the Python DIR/NAME/bin/python (see scripts/peers/README.md), llama.cpp with that of
+DIR/llamacpp, which has llama-cpp-python. A contender that cannot run says why. --compile adds compiled decoding.
 """
 
 from __future__ import annotations
@@ -226,7 +226,7 @@ class Transformers:
         from transformers import CompileConfig
 
         config = CompileConfig()
-        config._compile_all_devices = True  # transformers compiles by itself on accelerators only
+        vars(config)["_compile_all_devices"] = True  # transformers compiles by itself on accelerators only
         how = {"cache_implementation": "static", "compile_config": config}
         if not hasattr(self, "warm"):
             self.generate(PROMPT, TOKENS, **how)

@@ -35,7 +35,7 @@ RANKS = {
             ("journal",),
             ("report", "structure", "quantized", "manifest", "loaders"),
             ("pipeline", "hf"),
-            ("evaluate", "tasks", "hub", "doctor", "tuning", "convert", "verify", "distill"),
+            ("evaluate", "speed", "tasks", "hub", "doctor", "tuning", "convert", "verify", "distill"),
             ("presets",),
             ("planning",),
             ("cli",),

@@ -21,10 +21,12 @@ _EXPORTS = {
     "WqConfig": "wq.hf",
     "WqError": "wq.errors",
     "WqLinear": "wq.layers",
+    "compile_config": "wq.hf",
     "evaluate": "wq.evaluate",
     "load": "wq.hf",
     "push": "wq.hub",
     "quantize": "wq.presets",
+    "speed": "wq.speed",
 }
 
 __all__ = [
@@ -33,20 +35,23 @@ __all__ = [
     "WqError",
     "WqLinear",
     "__version__",
+    "compile_config",
     "evaluate",
     "load",
     "push",
     "quantize",
+    "speed",
 ]
 
 if TYPE_CHECKING:
     from wq.errors import WqError
     from wq.evaluate import evaluate
-    from wq.hf import WqConfig, load
+    from wq.hf import WqConfig, compile_config, load
     from wq.hub import push
     from wq.layers import WqLinear
     from wq.presets import quantize
     from wq.scheme import Scheme
+    from wq.speed import speed
 
 
 def __getattr__(name: str) -> Any:

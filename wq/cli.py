@@ -336,31 +336,32 @@ def evaluate(
     include_path: Annotated[
         Path | None, typer.Option(help="A folder of your own tasks in lm_eval's YAML, which may run Python.")
     ] = None,
+    speed: Annotated[
+        bool, typer.Option("--speed", help="Measure tokens per second instead, eager and compiled.")
+    ] = False,
     dtype: Annotated[str, typer.Option(help="What the models run in: auto, float32, float16, bfloat16.")] = "auto",
     device: Device = None,
     as_json: Json = False,
 ) -> None:
     """Perplexity; with --base also KL and top-1 agreement on the same windows. With --tasks: benchmark tasks."""
+    if sum((bool(text), tasks is not None, speed)) > 1:
+        raise typer.BadParameter("--text, --tasks and --speed are evaluations apart: give one of them.")
+    common = {"base": base, "dtype": dtype, "device": device}
     if tasks is not None:
-        if text:
-            raise typer.BadParameter("--text and --tasks are two evaluations: give one of them.")
         own = {"limit": limit, "fewshot": fewshot, "batch": batch, "include_path": include_path}
-        _evaluate_tasks(model, tasks, as_json, base=base, dtype=dtype, device=device, **own)
-        return
+        _evaluate_tasks(model, tasks, as_json, **common, **own)
+    elif speed:
+        _measure_speed(model, as_json, **common)
+    else:
+        _evaluate_texts(model, as_json, text=text or "wikitext", seqlen=seqlen, windows=windows, **common)
+
+
+def _evaluate_texts(model: str, as_json: bool, **options: Any) -> None:
     from wq import report
     from wq.evaluate import evaluate as run
 
     with _progress("window", as_json) as update:
-        result = run(
-            model,
-            base=base,
-            text=text or "wikitext",
-            seqlen=seqlen,
-            windows=windows,
-            dtype=dtype,
-            device=device,
-            on_window=update and (lambda done, total: update(done, total, "")),
-        )
+        result = run(model, on_window=update and (lambda done, total: update(done, total, "")), **options)
     if as_json:
         print(json.dumps(result))
     else:
@@ -389,6 +390,36 @@ def task_table(result: dict[str, Any]) -> Table:
         dense = [report.figure(row["base"])] if compared else []
         change = [report.paired(row)] if compared else []
         table.add_row(report.task_name(row), row["metric"], *dense, report.figure(row), *change)
+    return table
+
+
+def _measure_speed(model: str, as_json: bool, **options: Any) -> None:
+    from wq.speed import speed as run
+
+    with _progress("round", as_json) as update:
+        notify = update and (lambda done, total: update(done, total, ""))
+        result = run(model, on_round=notify, **options)
+    print(json.dumps(result)) if as_json else _out.print(speed_table(result))
+
+
+def speed_table(result: dict[str, Any]) -> Table:
+    """The figures of `wq.speed`, side by side with the base's."""
+    title = f"tokens per second, {result['dtype']} on {result['device']}, {result['threads']} threads"
+    table = Table(title=title, title_justify="left")
+    rows = {
+        "prefill": f"read, {result['prompt']} at once",
+        "decode": "written, one after the other",
+        "compiled": "written, static cache and compiled",
+    }
+    names = [key for key in ("base", "model") if key in result]
+    for name in ("", *(result[key]["model"] for key in names), *(["times the dense"] if "base" in result else [])):
+        table.add_column(Text(name), justify="right" if name else "left")
+    for what, label in rows.items():
+        if what in result["problems"]:
+            table.add_row(label, f"not compiled: {result['problems'][what]}")
+        elif what in result["model"]:
+            ratio = [f"{result['speedup'][what]:.2f}"] if "base" in result else []
+            table.add_row(label, *(f"{result[key][what]:.1f}" for key in names), *ratio)
     return table
 
 

@@ -7,12 +7,13 @@ layers and stays packed; `save_pretrained` writes it as it was. `WqConfig(dequan
 model.
 
 `config` is the flag, `quantizer` the hooks, `conversion` the tensors on their way, `takeover` the one function of
-transformers that is wrapped, `load` a helper for scripts.
+transformers that is wrapped, `load` and `compile_config` helpers for scripts.
 """
 
 from wq.hf.config import WqConfig
+from wq.hf.generation import compile_config
 from wq.hf.loading import load
 from wq.hf.quantizer import WqQuantizer
 from wq.hf.takeover import takeover
 
-__all__ = ["WqConfig", "WqQuantizer", "load", "takeover"]
+__all__ = ["WqConfig", "WqQuantizer", "compile_config", "load", "takeover"]
