@@ -284,6 +284,7 @@ def full(count: int, work: Path, seed: int) -> Record:
         room = old + 65536 + (4 * old) * (number + 1) // count  # for what is there, and for more and more
         with disk(work / "disk", room) as place:
             if place is None:
+                print("full: not tried, a tmpfs cannot be mounted here", flush=True)
                 return {"skipped": "a tmpfs cannot be mounted here", "good": True}
             _full(source, work, place / "out", made, options, tally)
     print(f"full: {dict(tally)}", flush=True)

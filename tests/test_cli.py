@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 TinyModel = Callable[..., Path]
 
@@ -25,6 +26,9 @@ def test_quantize_then_eval_prints_json_for_programs(tiny_model: TinyModel, tmp_
     report = json.loads(made.stdout)
     assert report["scheme"] == {"bits": 4, "group_size": 64, "symmetric": True, "scale_dtype": "float16"}
     assert report["command"].startswith("wq quantize ")
+    kept = json.loads((out / "wq_manifest.json").read_text())
+    assert kept["command"] == report["command"]
+    assert kept["versions"]["torch"] == torch.__version__
     done = wq("eval", out, "--base", tiny_model(), "--text", "builtin", "--seqlen", 128, "--windows", 2, "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["windows"] == 2

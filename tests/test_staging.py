@@ -152,6 +152,28 @@ def test_a_run_that_was_killed_before_publishing_is_not_taken_for_published(tmp_
         assert not place.published
 
 
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS])
+def test_a_file_system_without_locks_is_written_to_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def refuse(descriptor: int, operation: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(staging.fcntl, "flock", refuse)
+    with staged(tmp_path / "out") as stage:
+        (stage / "a").write_text("1")
+    assert leftovers(tmp_path / "out") == ["a"]
+
+
+def test_a_lock_that_fails_otherwise_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(descriptor: int, operation: int) -> None:
+        raise OSError(errno.EIO, "broken")
+
+    monkeypatch.setattr(staging.fcntl, "flock", refuse)
+    with pytest.raises(OutputError, match="cannot be made .broken."), staged(tmp_path / "out"):
+        pytest.fail("it went on")
+
+
 def test_a_folder_that_was_filled_meanwhile_is_not_replaced(tmp_path: Path) -> None:
     def build() -> None:
         with staged(tmp_path / "out") as stage:

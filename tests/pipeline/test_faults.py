@@ -10,8 +10,10 @@ import pytest
 import torch
 from faults import Faults
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
 from wq import manifest
+from wq.cli import app
 from wq.errors import BudgetError, CalibrationError, CheckpointError
 from wq.pipeline import calibration, flow
 from wq.planning import plan
@@ -89,6 +91,21 @@ def test_memory_that_runs_out_while_a_block_is_loaded_is_met_as_well(
     quantize(tiny_model(), tmp_path / "two", **OPTIONS)
     assert failed
     assert files(tmp_path / "one") == files(tmp_path / "two")
+
+
+def test_on_a_device_there_is_less_to_ask_for_before_the_cpu() -> None:
+    """Half of the windows until they come one by one, then those that wait go to RAM, then all to the CPU."""
+    here: Any = object.__new__(flow.Flow)
+    here.sizes, here.device, here.offloaded = [1, 4, 3], torch.device("cuda"), False
+    steps = []
+    while here._step():
+        steps.append((list(here.sizes), here.offloaded, here.device.type))
+    assert steps == [
+        ([1, 2, 2, 2, 1], False, "cuda"),
+        ([1] * 8, False, "cuda"),
+        ([1] * 8, True, "cuda"),
+        ([1] * 8, True, "cpu"),
+    ]
 
 
 def test_memory_that_is_never_enough_ends_the_run_and_keeps_what_is_done(tiny_model: TinyModel, tmp_path: Path) -> None:
@@ -170,6 +187,18 @@ def test_a_run_without_windows_that_overflow_can_be_interrupted(tmp_path: Path) 
     made = quantize(folder, tmp_path / "two", **OPTIONS)
     assert made["calibration"]["left_out"] == bad
     assert files(tmp_path / "one") == files(tmp_path / "two")
+
+
+def test_the_command_names_windows_that_overflow(tmp_path: Path) -> None:
+    import tiny_models
+
+    folder = tiny_models.make(tmp_path / "model", "gemma3_text")
+    token = rare_token(folder, 1, 1)
+    _, (window,) = windows_with(overflowing(folder, token), token)
+    options = ["--calibration", "builtin", "--samples", "16", "--seqlen", "32", "--group", "32"]
+    done = CliRunner().invoke(app, ["quantize", str(folder), "-o", str(tmp_path / "out"), *options])
+    assert done.exit_code == 0, done.output
+    assert f"1 calibration windows left out, where values are not finite: {window}" in done.output
 
 
 def test_many_windows_that_overflow_end_the_run_with_their_numbers(tmp_path: Path) -> None:

@@ -193,6 +193,27 @@ def test_a_run_that_was_killed_after_publishing_is_not_made_again(
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.parametrize("overwrite", [True, False], ids=["overwrite", "keep"])
+def test_after_a_run_that_had_published_another_job_begins_anew(
+    tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overwrite: bool
+) -> None:
+    """What is in place is complete: it is no run to go on with, and nothing to lose without --overwrite."""
+    with monkeypatch.context() as patch:
+        patch.setattr(wq.staging.Workplace, "discard", lambda place: None)
+        quantize(tiny_model(), tmp_path / "out", **OPTIONS)
+    before = files(tmp_path / "out")
+    other = {**OPTIONS, "seed": 1, "overwrite": overwrite}
+    if not overwrite:
+        with pytest.raises(OutputError, match="not empty"):
+            quantize(tiny_model(), tmp_path / "out", **other)
+        assert files(tmp_path / "out") == before
+        return
+    quantize(tiny_model(), tmp_path / "out", **other)
+    quantize(tiny_model(), tmp_path / "one", **{**OPTIONS, "seed": 1})
+    assert files(tmp_path / "out") == files(tmp_path / "one") != before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "out"]
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "sigterm"])
 def test_a_signal_stops_within_a_block_and_the_same_command_goes_on(
     tiny_model: TinyModel, tmp_path: Path, number: signal.Signals
@@ -216,11 +237,14 @@ def test_a_signal_stops_within_a_block_and_the_same_command_goes_on(
     assert "block 1/24" not in done.stderr
 
 
-def test_killed_raced_and_starved_nothing_is_lost() -> None:
+@pytest.mark.parametrize("part", ["resume", "save", "race", "full"])
+def test_killed_raced_and_starved_nothing_is_lost(part: str) -> None:
     """A short run of the script that counts; it prints its figures."""
     script = ROOT / "scripts" / "reliability.py"
-    parts = [word for part in ("resume", "save", "race", "full") for word in ("--only", part)]
-    command = [sys.executable, script, "--count", "3", *parts]
+    command = [sys.executable, script, "--count", "3", "--only", part]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     print(done.stdout)
     assert done.returncode == 0, done.stdout + done.stderr
+    skipped = next((line for line in done.stdout.splitlines() if "not tried" in line), None)
+    if skipped:
+        pytest.skip(skipped)

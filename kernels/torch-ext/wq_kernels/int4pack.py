@@ -166,12 +166,14 @@ def _multiply_dense(x: Tensor, packed: Tensor, grid: Tensor, y: Tensor) -> None:
     values = torch.empty(high * size * wide, dtype=_F32)
     dense = torch.empty(columns * wide, dtype=x.dtype)
     blocks = packed.view(-1, columns, half)
-    halves = grid.view(groups, -1, 2, half, 2)
+    halves = grid.view(groups, -1, 2, half, 2).permute(4, 0, 2, 1, 3)
     for start in range(0, rows, wide):
         wide = min(wide, rows - start)
         run = slice(start // half // 2, (start + wide) // half // 2)
-        scale = halves[:, run, ..., 0].transpose(1, 2).to(_F32).reshape(groups, 1, wide)
-        base = halves[:, run, ..., 1].transpose(1, 2).to(_F32).reshape(groups, 1, wide).sub_(scale, alpha=_OFFSET)
+        planes = torch.empty(2, groups, 1, wide, dtype=_F32)
+        planes.view(2, groups, 2, -1, half).copy_(halves[:, :, :, run])
+        scale, base = planes
+        base.sub_(scale, alpha=_OFFSET)
         weight = dense[: columns * wide].view(columns, wide)
         for first in range(0, groups, high):
             last = min(groups, first + high)
