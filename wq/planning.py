@@ -11,15 +11,13 @@ from typing import Any
 import torch
 
 from wq import formats, solvers
-from wq.distill import HELD_OUT
-from wq.errors import CalibrationError, UnknownNameError
 from wq.machine import default_device, free_bytes, keep_memory_tight
 from wq.pipeline import mixing, pace, quantizer
 from wq.pipeline.estimate import Estimate, Job, fitting
 from wq.pipeline.flow import windows_at_once
 from wq.pipeline.plan import Plan, make_plan
 from wq.pipeline.source import Source, open_headers
-from wq.presets import LESSONS, PRESETS, Preset
+from wq.presets import recipe
 from wq.scheme import Scheme
 
 
@@ -53,13 +51,13 @@ def plan(
 
     Raises a WqError for everything that can be known to fail, BudgetError for a run that does not fit.
     """
-    if preset not in PRESETS:
-        raise UnknownNameError(f"preset {preset!r} is unknown; wq has {', '.join(PRESETS)}.")
-    chosen = PRESETS[preset]
-    same = method is None or method == chosen.method
-    method, goal = method or chosen.method, mixing.parse(target_bpw, target_size, mix, bits)
-    solver, fmt = solvers.get(method), formats.get(format)
-    omitted = solvers.check_steps(method, {*without, *(chosen.without if same else ())}, quantizer.STEPS)
+    wanted = recipe(preset, method=method, bits=bits, samples=samples, seqlen=seqlen, without=without)
+    goal, solver, fmt = (
+        mixing.parse(target_bpw, target_size, mix, bits),
+        solvers.get(wanted.method),
+        formats.get(format),
+    )
+    omitted = solvers.check_steps(wanted.method, wanted.without, quantizer.STEPS)
     budget = None if max_memory is None else mixing.parse_size("--max-memory", max_memory)
     place = torch.device(device or default_device())
     keep_memory_tight()
@@ -70,25 +68,14 @@ def plan(
         runs = torch.float32 if place.type == "cpu" else source.dtype
         job = Job(source, solver, fmt, made, place, runs, without=omitted)
         if solver.NEEDS_STATISTICS or room is not None:
-            length = chosen.seqlen if seqlen is None else seqlen
-            quantizer.check_can_calibrate(source, made, length)
-            windows = _windows(chosen, preset, samples, bits, same)
+            quantizer.check_can_calibrate(source, made, wanted.seqlen)
             widths = () if room is None else room.goal.widths
-            job = replace(job, samples=windows, seqlen=length, text=calibration, widths=widths)
+            windows = wanted.samples - wanted.reserve
+            job = replace(job, samples=windows, seqlen=wanted.seqlen, text=calibration, widths=widths)
         fit = fitting(job, windows_at_once(job.seqlen), budget)
         least, most = pace.seconds(job, fit, pace.measure(place, runs, made.scheme))
-        known = {"model": source.name, "method": method, "format": format, "preset": preset}
+        known = {"model": source.name, "method": wanted.method, "format": format, "preset": preset}
         return known | _described(source, made, fit, place) | {"seconds": {"least": least, "most": most}}
-
-
-def _windows(chosen: Preset, preset: str, samples: int | None, bits: int | None, same: bool) -> int:
-    """Those that the solver sees: some are kept from it to distil on."""
-    samples = chosen.samples if samples is None else samples
-    if not same or (4 if bits is None else bits) not in chosen.rates:
-        return samples
-    if samples // LESSONS < HELD_OUT:
-        raise CalibrationError(f"--samples {samples}: preset {preset} needs at least {LESSONS * HELD_OUT} windows.")
-    return samples - samples // LESSONS
 
 
 def _described(source: Source, made: Plan, fit: Estimate, place: torch.device) -> dict[str, Any]:

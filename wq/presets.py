@@ -48,6 +48,50 @@ PRESETS = {
 }
 
 
+@dataclass(frozen=True)
+class Recipe:
+    """A preset with what was said besides: as `wq.quantize` has them. rates: of distillation, if there is any.
+
+    reserve: of the samples, those that are kept from the solver.
+    """
+
+    method: str
+    samples: int
+    seqlen: int
+    without: frozenset[str]
+    rates: Rates | None
+    reserve: int
+
+
+def recipe(
+    preset: str,
+    *,
+    method: str | None = None,
+    bits: int | None = None,
+    samples: int | None = None,
+    seqlen: int | None = None,
+    without: Iterable[str] = (),
+) -> Recipe:
+    """What a preset comes to. Raises UnknownNameError; CalibrationError for fewer samples than it takes."""
+    if preset not in PRESETS:
+        raise UnknownNameError(f"preset {preset!r} is unknown; wq has {', '.join(PRESETS)}.")
+    chosen = PRESETS[preset]
+    same = method is None or method == chosen.method
+    samples = chosen.samples if samples is None else samples
+    rates = chosen.rates.get(4 if bits is None else bits) if same else None
+    reserve = 0 if rates is None else samples // LESSONS
+    if rates is not None and reserve < HELD_OUT:
+        raise CalibrationError(f"--samples {samples}: preset {preset} needs at least {LESSONS * HELD_OUT} windows.")
+    return Recipe(
+        method=method or chosen.method,
+        samples=samples,
+        seqlen=chosen.seqlen if seqlen is None else seqlen,
+        without=frozenset({*without, *(chosen.without if same else ())}),
+        rates=rates,
+        reserve=reserve,
+    )
+
+
 def quantize(
     model: str | os.PathLike[str],
     output: str | os.PathLike[str],
@@ -70,15 +114,8 @@ def quantize(
 
     Raises a WqError, before any heavy work, for everything that can be known to fail.
     """
-    if preset not in PRESETS:
-        raise UnknownNameError(f"preset {preset!r} is unknown; wq has {', '.join(PRESETS)}.")
-    chosen = PRESETS[preset]
-    same = method is None or method == chosen.method
-    samples = chosen.samples if samples is None else samples
-    rates = chosen.rates.get(4 if bits is None else bits) if same else None
-    reserve = 0 if rates is None else samples // LESSONS
-    if rates is not None and reserve < HELD_OUT:
-        raise CalibrationError(f"--samples {samples}: preset {preset} needs at least {LESSONS * HELD_OUT} windows.")
+    wanted = recipe(preset, method=method, bits=bits, samples=samples, seqlen=seqlen, without=without)
+    rates = wanted.rates
 
     def finish(folder: Path, tokens: Tensor | None, journal: Journal) -> dict[str, Any]:
         if rates is None or tokens is None:
@@ -96,12 +133,12 @@ def quantize(
     return quantizer.quantize(
         model,
         output,
-        method=method or chosen.method,
+        method=wanted.method,
         bits=bits,
-        samples=samples,
-        seqlen=chosen.seqlen if seqlen is None else seqlen,
-        without={*without, *(chosen.without if same else ())},
-        reserve=reserve,
+        samples=wanted.samples,
+        seqlen=wanted.seqlen,
+        without=wanted.without,
+        reserve=wanted.reserve,
         device=device,
         max_memory=max_memory,
         finish=finish,
