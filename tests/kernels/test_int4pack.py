@@ -120,6 +120,19 @@ def test_a_row_is_the_same_whatever_rows_are_beside_it(row: int) -> None:
     assert torch.equal(int4pack.multiply(many, packed, grid)[row], fewer[row])
 
 
+def test_memory_that_is_kept_serves_in_and_out_of_inference_mode() -> None:
+    int4pack._kept.memory = None
+    packed, grid, exact = prepared(192, 576, 9)
+    x = torch.randn(100, 576).to(BF16)
+    with torch.inference_mode():
+        first = int4pack.multiply(x, packed, grid)
+    assert error(first.clone(), x.double() @ exact.t()) < 4e-3
+    kept = int4pack._kept.memory
+    kept.fill_(255)  # what is not written would show: these are NaNs
+    assert torch.equal(int4pack.multiply(x, packed, grid), first)
+    assert int4pack._kept.memory is kept
+
+
 def test_no_rows_at_all() -> None:
     packed, grid, _ = prepared(64, 64, 2)
     assert int4pack.multiply(torch.empty(0, 64, dtype=BF16), packed, grid).shape == (0, 64)

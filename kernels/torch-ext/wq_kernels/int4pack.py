@@ -14,6 +14,7 @@ A checkpoint's scale and zero point stay beside it, exact; the grid is made of t
 
 from __future__ import annotations
 
+import threading
 from functools import cache
 
 import torch
@@ -43,7 +44,8 @@ _OFFSET = 8  # the code that the kernel takes for zero
 _STEP = 1 << 20  # weights repacked at a time: the library wants them as int32
 _DENSE = 1 << 22  # weights dequantized at a time: 8 MB
 _TILE = 1 << 19  # weights that are float32 at a time: smaller tiles cost calls, larger ones leave the cache
-_F32, _BF16 = torch.float32, torch.bfloat16
+_LINE = 64  # bytes to which memory is aligned
+_F32, _BF16, _U8 = torch.float32, torch.bfloat16, torch.uint8
 
 
 def supports(bits: int) -> bool:
@@ -138,8 +140,8 @@ def make_grid(scale: Tensor, zero: Tensor | None, bits: int, out_features: int, 
 def multiply(x: Tensor, packed: Tensor, grid: Tensor, bits: int = 4) -> Tensor:
     """`x @ W.T`, `[rows, N]`, for x `[rows, K]`, contiguous, in the grid's dtype.
 
-    Where the two ways cost the same depends on the processor; between 16 and 100 rows they are within a factor of two
-    of each other on every one that was measured, and `FEW` is near the middle.
+    Up to `FEW` rows the kernel is the faster: with AVX-512 and bfloat16 products (a Zen 4 core), at 64 rows both take
+    as long. Where bfloat16 products are slower, the kernel is ahead for longer; with AMX, for less long.
     """
     size = x.shape[1] // grid.shape[0]
     if x.shape[0] <= FEW:
@@ -147,6 +149,22 @@ def multiply(x: Tensor, packed: Tensor, grid: Tensor, bits: int = 4) -> Tensor:
     y = x.new_empty(x.shape[0], packed.shape[0])
     _multiply_dense(x, packed, grid, y)
     return y
+
+
+_kept = threading.local()
+
+
+def _scratch(*wanted: tuple[int, torch.dtype]) -> list[Tensor]:
+    """Memory of this thread, 11 MB at most, that is kept: to get it anew from the system costs more than to fill it."""
+    need = sum(count * dtype.itemsize + _LINE for count, dtype in wanted)
+    if getattr(_kept, "memory", None) is None or _kept.memory.numel() < need:
+        with torch.inference_mode(False):  # what is made in that mode cannot be written to outside of it
+            _kept.memory = torch.empty(need, dtype=_U8)
+    found, start = [], 0
+    for count, dtype in wanted:
+        found.append(_kept.memory[start : start + count * dtype.itemsize].view(dtype))
+        start += -(-count * dtype.itemsize // _LINE) * _LINE
+    return found
 
 
 def _multiply_dense(x: Tensor, packed: Tensor, grid: Tensor, y: Tensor) -> None:
@@ -161,10 +179,8 @@ def _multiply_dense(x: Tensor, packed: Tensor, grid: Tensor, y: Tensor) -> None:
     size = columns // groups
     wide = min(rows, max(1, _DENSE // columns // _ROWS) * _ROWS)
     high = min(groups, max(1, _TILE // wide // size))  # groups in a tile
-    bytes_ = torch.empty(high * size * wide // 2, dtype=torch.uint8)
-    codes = torch.empty(high * size * wide, dtype=torch.uint8)
-    values = torch.empty(high * size * wide, dtype=_F32)
-    dense = torch.empty(columns * wide, dtype=x.dtype)
+    count = high * size * wide
+    values, dense, codes, bytes_ = _scratch((count, _F32), (columns * wide, x.dtype), (count, _U8), (count // 2, _U8))
     blocks = packed.view(-1, columns, half)
     halves = grid.view(groups, -1, 2, half, 2).permute(4, 0, 2, 1, 3)
     for start in range(0, rows, wide):
