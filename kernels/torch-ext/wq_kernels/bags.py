@@ -37,7 +37,7 @@ __all__ = [
 WHAT = "PyTorch's embedding bags"
 FEW = 6  # rows: the table is read again for each, and to dequantize it costs about as much as reading it six times
 _NAMES = {2: "2bit", 4: "4bit", 8: "byte"}
-_STEP = 1 << 20  # weights repacked or dequantized at a time
+_STEP = 1 << 19  # weights repacked or dequantized at a time
 _F32 = torch.float32
 
 
