@@ -13,6 +13,7 @@ DIR/llamacpp, which has llama-cpp-python. A contender that cannot run says why. 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import platform
@@ -135,6 +136,9 @@ def worker(options: argparse.Namespace) -> None:
         print(json.dumps(found), file=answers, flush=True)
 
     try:
+        importlib.import_module("llama_cpp" if options.worker == "llama.cpp" else "transformers.modeling_utils")
+        if options.worker == "wq":
+            importlib.import_module("wq.hf")
         before = peak_bytes()
         started = time.perf_counter()
         contender = (Llama if options.worker == "llama.cpp" else Transformers)(options)
@@ -282,11 +286,8 @@ class Contender:
         self.name = name
         command = [python, __file__, "worker", "--worker", kind, "--folder", str(folder)]
         command += ["--threads", str(options.threads[0]), "--dtypes", options.dtypes[0]]
-        quiet = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000", "TOKENIZERS_PARALLELISM": "false"}
         pipe = subprocess.PIPE
-        self.process = subprocess.Popen(
-            command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True, env={**os.environ, **quiet}
-        )
+        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True)
         self.about = self.read()
         self.seconds: dict[str, list[float]] = {}
         print(f"{name}: {self.about}", flush=True)
