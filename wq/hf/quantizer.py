@@ -26,6 +26,7 @@ from wq.hf.config import METHOD, WqConfig
 from wq.hf.conversion import PARAMETERS, Unpack, dense_like, is_own, packed_like
 from wq.hf.inspection import inspect
 from wq.layers import WqLinear
+from wq.layers.ops import STREAM
 from wq.layers.parts import whole
 from wq.machine import Mapped
 from wq.quantized import LEAVES
@@ -192,8 +193,10 @@ class WqQuantizer(HfQuantizer):
                 raise CheckpointError(f"{path}.weight was not in the checkpoint. Download it again.")
             _require_loaded(path, layer)
             layer.requires_grad_(False)  # the loader turns gradients on for every floating tensor
+            read = layer.weight_packed.detach()
             # What accelerate moves in and out is on no device now, and keeps the checkpoint's layout.
-            layer.prepare(model.dtype)
+            if layer.prepare(model.dtype).layout != STREAM:
+                self.mapped.forget(read)
         fused = {name: self.schemes[name] for name in self.schemes if self._is_experts(name)}
         on_load = tuple(fused)
         fused |= {name: entry.stored.scheme for name, entry in self.experts.items()}
