@@ -59,6 +59,9 @@ def test_every_weight_is_the_same_and_the_result_loads(
     assert made["layers"] == made["identical"] == len(seen) == seen[-1][1] > 0
     config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     assert config["quant_method"] == to
+    kept = json.loads((tmp_path / "out" / "wq_manifest.json").read_text())
+    assert kept["command"] == f"wq convert --to {to}"
+    assert kept["versions"]["torch"] == torch.__version__
     before, after = weights(folder), weights(tmp_path / "out")
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)

@@ -646,6 +646,31 @@ def near(actual: Tensor, layer: WqLinear, x: Tensor, bound: float = 4e-3) -> boo
 
 
 @on_a_cpu
+@pytest.mark.parametrize(("dtype", "layout"), [("bfloat16", "int4pack"), ("float32", "bags"), ("float16", "bags")])
+@each_grid
+def test_a_model_loads_onto_the_kernels_for_cpus_and_saves_what_the_checkpoint_holds(
+    dtype: str, layout: str, symmetric: bool, tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    dense = tiny_model("llama", intermediate_size=128)
+    quantize(dense, tmp_path / "made", method="rtn", group_size=32, symmetric=symmetric)
+    flag = {"quantization_config": WqConfig(), "dtype": getattr(torch, dtype)}
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "made", **flag)
+    found = [module for module in model.modules() if isinstance(module, WqLinear)]
+    assert {module.layout for module in found if module.out_features % 64 == 0} == {layout}
+    plain = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "made", **flag | {"quantization_config": WqConfig(dequantize=True)}
+    )
+    exact = logits(plain.float()).double()
+    assert (logits(model).double() - exact).norm() < {"float32": 1e-5, "float16": 5e-3, "bfloat16": 4e-2}[
+        dtype
+    ] * exact.norm()
+    model.save_pretrained(tmp_path / "saved")
+    packed = {name: t for name, t in load_file(tmp_path / "made" / "model.safetensors").items() if "packed" in name}
+    saved = load_file(tmp_path / "saved" / "model.safetensors")
+    assert_same_state({name: saved[name] for name in packed}, packed)
+
+
+@on_a_cpu
 @each_grid
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
 @pytest.mark.parametrize("permuted", [True, False], ids=["act-order", "in order"])
