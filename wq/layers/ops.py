@@ -174,8 +174,10 @@ def on_cpu(
     rows = x.reshape(-1, in_features).contiguous()
     if layout == "int4pack" and rows.shape[0] <= int4pack.FEW:
         y = torch._weight_int4pack_mm_for_cpu(rows, packed, in_features // grid.shape[0], grid)
-    else:
+    elif torch.compiler.is_compiling() or type(x) is not Tensor:  # a tracer must see one node
         y = torch.ops.wq.on_cpu(rows, packed, grid, bits, out_features, layout)
+    else:
+        y = _on_cpu(rows, packed, grid, bits, out_features, layout)
     y = y.view(*lead, out_features)
     return y if bias is None else y + bias.to(y.dtype)
 
