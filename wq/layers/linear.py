@@ -84,7 +84,7 @@ class WqLinear(nn.Linear):
     DTensors. With some of the columns in another order, x is the whole input.
 
     `prepare` lays the weight out for the kernels of the device it is on, as `.to(device)` does; the state dict is the
-    checkpoint's at all times.
+    checkpoint's at all times. Whoever changes a scale in place calls it again: kernels on CPUs read a copy.
     """
 
     weight_zero_point: nn.Parameter | None
