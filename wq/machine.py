@@ -13,6 +13,7 @@ import torch
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 _TRIM_EVERY = 16 << 20
+_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None  # of the process: no part of what may be copied
 _MADV_DONTNEED = 4  # sys/mman.h; for a private mapping of a file: read it again when it is used again
 
 
@@ -50,7 +51,7 @@ def keep_memory_tight() -> None:
     Left alone, glibc raises its threshold for doing so up to 32 MB and keeps what is below, fragmenting: the peak then
     wanders by more than a block's size, and upwards. Fixed at 1 MB, it is what the tensors take.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    mallopt = getattr(_LIBC, "mallopt", None)
     if mallopt is not None:  # glibc only
         mallopt(_M_MMAP_THRESHOLD, 1 << 20)
         mallopt(_M_TRIM_THRESHOLD, 1 << 20)
@@ -60,7 +61,7 @@ def release_memory() -> None:
     """Give back what is freed and still held: by a device's allocator, and in small pieces by the C library."""
     if torch.accelerator.is_available():
         torch.accelerator.memory.empty_cache()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    trim = getattr(_LIBC, "malloc_trim", None)
     if trim is not None:
         trim(0)
 
@@ -75,13 +76,12 @@ class Mapped:
     def __init__(self, files: Iterable[str | os.PathLike[str]]):
         self._files = {os.path.realpath(file) for file in files}
         self._ranges: list[tuple[int, int]] = []
-        self._libc = ctypes.CDLL(None) if sys.platform == "linux" else None
         self._since = 0
         self._looks = len(self._files)  # how often to look for ranges anew: a file may be mapped later
 
     def forget(self, tensor: torch.Tensor) -> None:
         """Give back the whole pages of a tensor that will not be read again."""
-        if tensor.device.type != "cpu" or self._libc is None or not tensor.is_contiguous():
+        if tensor.device.type != "cpu" or _LIBC is None or not tensor.is_contiguous():
             return
         start, stop = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
         if not self._holds(start, stop) and self._looks > 0:
@@ -94,7 +94,7 @@ class Mapped:
         page = os.sysconf("SC_PAGE_SIZE")
         first, last = -(-start // page) * page, stop // page * page
         if first < last and self._holds(start, stop):
-            self._libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), _MADV_DONTNEED)
+            _LIBC.madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), _MADV_DONTNEED)
 
     def _holds(self, start: int, stop: int) -> bool:
         return any(low <= start and stop <= high for low, high in self._ranges)
