@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from importlib import import_module, metadata
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +108,7 @@ def _kernel(where: str, rows: int, bits: int, n: int, k: int, groups: int, archi
         name = wq_kernels.select("cuda" if architecture else _first_device().type, bits).__name__.rpartition(".")[2]
         return {"reference": "dequantize in torch, then matmul", "dense": "dequantize in Triton, then matmul"}[name]
     if where in registry.CPU_LAYOUTS:
-        few = import_module(f"wq_kernels.{where}").FEW
+        few = registry.cpu_module(where).FEW
         return "fused, by PyTorch" if rows <= few else "dequantize in tiles, then matmul"
     if rows > configs.FUSED_ROWS:
         return "dequantize in pieces, then matmul"

@@ -93,6 +93,9 @@ def test_a_row_is_the_same_whatever_rows_are_beside_it(bits: int) -> None:
     x = torch.randn(bags.FEW, 576)
     alone = [bags.multiply(row.unsqueeze(0), table, grid, bits) for row in x]
     assert torch.equal(bags.multiply(x, table, grid, bits), torch.cat(alone))
+    many = torch.randn(100, 576)
+    some = bags.multiply(many[:30].contiguous(), table, grid, bits)
+    assert torch.equal(bags.multiply(many, table, grid, bits)[:30], some)
 
 
 @each_width

@@ -763,6 +763,30 @@ def test_going_through_no_device_keeps_it_loadable(layout: str, bits: int) -> No
 
 @on_a_cpu
 @each_cpu_layout
+@pytest.mark.parametrize("gradient", [False, True], ids=["inference", "training"])
+def test_autocast_is_honoured_as_by_a_dense_layer(layout: str, bits: int, gradient: bool) -> None:
+    layer, prepared = for_cpu(layout=layout, bits=bits)
+    x = torch.randn(3, 96)
+    with torch.autocast("cpu", dtype=BF16):
+        y = prepared(x.clone().requires_grad_(gradient))
+        assert y.dtype == nn.Linear(96, 64)(x).dtype == BF16
+    assert near(y.detach(), layer, x.to(BF16))
+
+
+@on_a_cpu
+@each_grid
+def test_a_tiled_layer_that_is_offloaded_goes_back_to_the_layout_of_its_state(symmetric: bool) -> None:
+    layer, _ = make(64, 96, scheme=Scheme(4, 32, symmetric, "float32"))
+    tiled = in_layout(layer, "tiled")
+    model = nn.Sequential(tiled)
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    assert tiled.layout == "stream"
+    x = torch.randn(3, 96)
+    assert torch.equal(model(x), layer(x))
+
+
+@on_a_cpu
+@each_cpu_layout
 @each_grid
 def test_a_prepared_layer_that_is_offloaded_goes_back_to_the_layout_of_its_state(
     layout: str, bits: int, symmetric: bool

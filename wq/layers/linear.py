@@ -127,10 +127,13 @@ class WqLinear(nn.Linear):
         parameters: dict[str, Any] = self._parameters  # attributes of modules cost: this runs for every token
         grid = self._buffers["_grid"]
         permutation, bias = parameters["permutation"], parameters["bias"]
-        if grid is not None and ops.ON_CPU[self.layout].computes_in(x.dtype) and not ops.wants_gradient(x, bias):
-            x = x if permutation is None else x.index_select(-1, permutation)
+        cast = x if grid is None else ops.autocast(x)
+        if grid is not None and ops.ON_CPU[self.layout].computes_in(cast.dtype) and not ops.wants_gradient(x, bias):
+            cast = cast if permutation is None else cast.index_select(-1, permutation)
             out_features = self.out_features if self.part is None else self.part[0]
-            return ops.on_cpu(x, parameters["weight_packed"], grid, bias, self.scheme.bits, out_features, self.layout)
+            return ops.on_cpu(
+                cast, parameters["weight_packed"], grid, bias, self.scheme.bits, out_features, self.layout
+            )
         out_features, in_features = self._sizes
         if permutation is not None and in_features != self.in_features:
             x, permutation = x.index_select(-1, permutation), None

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 import wq_kernels
-from wq_kernels import bags, checks, int4pack
+from wq_kernels import checks, int4pack, registry
 from wq_kernels import layout as tiles
 
 STREAM, TILED = "stream", "tiled"  # the first is that of checkpoints
-ON_CPU = {"int4pack": int4pack, "bags": bags}  # what multiplies in the layouts for CPUs
+ON_CPU = {name: registry.cpu_module(name) for name in wq_kernels.CPU_LAYOUTS}  # what multiplies there
 
 _LIBRARY = torch.library.Library("wq", "DEF")
 _WEIGHT = "Tensor packed, Tensor scale, Tensor? zero"
@@ -113,9 +113,12 @@ def _on_cpu_fake(x: Tensor, packed: Tensor, grid: Tensor, bits: int, out_feature
     return x.new_empty(x.shape[0], out_features)
 
 
-def _autocasts(x: Tensor) -> bool:
+def autocast(x: Tensor) -> Tensor:
+    """x as nn.Linear would take it: the ops themselves must not see a dtype they were not given."""
     device = x.device.type
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return x.to(torch.get_autocast_dtype(device))
+    return x
 
 
 class _Linear(torch.autograd.Function):
@@ -150,9 +153,9 @@ def linear(
     layout: str = STREAM,
 ) -> Tensor:
     """`x[..., permutation] @ W.T + bias`, `[..., out]`, for x `[..., in]`; see `wq_kernels.linear`."""
-    if _autocasts(x):  # as nn.Linear: the op itself must not see a dtype it was not given
-        x = x.to(torch.get_autocast_dtype(x.device.type))
-        bias = None if bias is None else bias.to(x.dtype)
+    cast = autocast(x)
+    if cast is not x:
+        x, bias = cast, None if bias is None else bias.to(cast.dtype)
     sizes = (bits, out_features, in_features, layout)
     if wants_gradient(x, bias):
         return _Linear.apply(x, bias, packed, scale, zero, permutation, *sizes)
@@ -210,8 +213,7 @@ def expert_linear(
     in_features: int,
 ) -> Tensor:
     """Each row times the weight of its expert, `[rows, out]`; see `wq_kernels.expert_linear`."""
-    if _autocasts(x):
-        x = x.to(torch.get_autocast_dtype(x.device.type))
+    x = autocast(x)
     sizes = (bits, out_features, in_features)
     if torch.is_grad_enabled() and x.requires_grad:
         return _ExpertLinear.apply(x, expert_of_row, bias, packed, scale, zero, *sizes)

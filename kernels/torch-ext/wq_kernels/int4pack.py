@@ -75,7 +75,7 @@ def unusable() -> str:
     generator = torch.Generator().manual_seed(0)
     codes = torch.randint(0, 16, (128, 64), generator=generator, dtype=torch.int32)
     ours = torch._convert_weight_to_int4pack_for_cpu(codes, 1)
-    if not any(torch.equal(_codes(ours, block), codes.to(torch.uint8)) for block in _BLOCKS):
+    if not _block() or not torch.equal(_codes(ours, _block()), codes.to(torch.uint8)):
         return "PyTorch has no vector code for 4 bits on this processor"
     x = torch.randn(3, 64, generator=generator).to(_BF16)
     grid = torch.tensor([0.125, 1.0], dtype=_BF16).expand(2, 128, 2).contiguous()
@@ -88,10 +88,10 @@ def unusable() -> str:
 
 @cache
 def _block() -> int:
-    """Rows in a block on this processor."""
+    """Rows in a block on this processor; 0 where bytes are laid out otherwise, for code without vectors."""
     codes = torch.arange(_ROWS * 2, dtype=torch.int32).view(_ROWS, 2) * 5 % 16
     packed = torch._convert_weight_to_int4pack_for_cpu(codes, 1)
-    return next(block for block in _BLOCKS if torch.equal(_codes(packed, block), codes.to(torch.uint8)))
+    return next((block for block in _BLOCKS if torch.equal(_codes(packed, block), codes.to(torch.uint8))), 0)
 
 
 def _codes(packed: Tensor, block: int) -> Tensor:

@@ -62,6 +62,11 @@ def select(device_type: str, bits: int, layout: str = STREAM) -> ModuleType:
     raise LookupError(f"no backend in {list(BACKENDS)} supports {bits} bits in the {layout} layout on {device_type}")
 
 
+def cpu_module(layout: str) -> ModuleType:
+    """What multiplies in a layout for CPUs, imported on first use."""
+    return import_module(f".{layout}", __package__)
+
+
 def preferred_layout(
     device: torch.device, bits: int, out_features: int, in_features: int, groups: int, dtype: torch.dtype | None = None
 ) -> str:
@@ -87,7 +92,7 @@ def _reason_on_cpu(
     """The first layout for CPUs whose module takes such a weight; else why the last, which takes more, does not."""
     why = ""
     for name in CPU_LAYOUTS:
-        module = import_module(f".{name}", __package__)
+        module = cpu_module(name)
         if not module.supports(bits):
             why = f"no fused kernel for {bits} bits runs on cpu"
         elif not module.computes_in(dtype):
