@@ -73,6 +73,7 @@ def products(name: str, shape: tuple[int, int], dtype: Any, bits: int, rounds: i
             expected = x.double() @ exact.t()
             error = float((y.double() - expected).norm() / expected.norm())
             packed, plain = in_turns([lambda x=x: layer(x), lambda x=x: functional.linear(x, dense)], rounds, rows)
+            beyond = overhead(layer, x) if layer.layout == "int4pack" and rows == 1 else {}
         ratios = [b / a for a, b in zip(packed, plain, strict=True)]
         results.append(
             {
@@ -87,11 +88,25 @@ def products(name: str, shape: tuple[int, int], dtype: Any, bits: int, rounds: i
                 "seconds": spread(packed),
                 "dense_seconds": spread(plain),
                 "speedup": spread(ratios),
+                **beyond,
             }
         )
         one = results[-1]
         print(f"{name} {shape} {one['dtype']} M={rows}: {one['speedup']['median']:.2f} ({error:.1e})", flush=True)
     return results
+
+
+def overhead(layer: Any, x: Any) -> dict[str, float]:
+    """What a layer's call takes beyond the kernel that it calls: medians, of many calls, in turns."""
+    import torch
+
+    grid, packed = layer._buffers["_grid"], layer.weight_packed
+    size = layer.in_features // grid.shape[0]
+    whole, kernel = in_turns(
+        [lambda: layer(x), lambda: torch._weight_int4pack_mm_for_cpu(x, packed, size, grid)], 999, 1
+    )
+    seconds = statistics.median(kernel)
+    return {"kernel_seconds": seconds, "overhead_seconds": statistics.median(whole) - seconds}
 
 
 def random_layer(shape: tuple[int, int], bits: int, group: int) -> Any:
@@ -280,7 +295,7 @@ class Llama:
 
 
 class Contender:
-    """A worker's process."""
+    """A worker's process. It imports nothing of wq unless it runs wq: a peer's Python has none."""
 
     def __init__(self, name: str, kind: str, python: str, folder: Path, options: argparse.Namespace):
         self.name = name
