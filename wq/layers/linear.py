@@ -127,7 +127,7 @@ class WqLinear(nn.Linear):
         parameters: dict[str, Any] = self._parameters  # attributes of modules cost: this runs for every token
         grid = self._buffers["_grid"]
         permutation, bias = parameters["permutation"], parameters["bias"]
-        cast = x if grid is None else ops.autocast(x)
+        cast = ops.autocast(x) if grid is not None and torch.is_autocast_enabled("cpu") else x
         if grid is not None and ops.ON_CPU[self.layout].computes_in(cast.dtype) and not ops.wants_gradient(x, bias):
             cast = cast if permutation is None else cast.index_select(-1, permutation)
             out_features = self.out_features if self.part is None else self.part[0]
