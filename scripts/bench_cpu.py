@@ -73,7 +73,7 @@ def products(name: str, shape: tuple[int, int], dtype: Any, bits: int, rounds: i
             expected = x.double() @ exact.t()
             error = float((y.double() - expected).norm() / expected.norm())
             packed, plain = in_turns([lambda x=x: layer(x), lambda x=x: functional.linear(x, dense)], rounds, rows)
-            beyond = overhead(layer, x) if layer.layout == "int4pack" and rows == 1 else {}
+            beyond = overhead(layer, x) if layer.layout in ("native", "int4pack") and rows == 1 else {}
         ratios = [b / a for a, b in zip(packed, plain, strict=True)]
         results.append(
             {
@@ -100,11 +100,15 @@ def overhead(layer: Any, x: Any) -> dict[str, float]:
     """What a layer's call takes beyond the kernel that it calls: medians, of many calls, in turns."""
     import torch
 
+    from wq_kernels import native
+
     grid, packed = layer._buffers["_grid"], layer.weight_packed
-    size = layer.in_features // grid.shape[0]
-    whole, kernel = in_turns(
-        [lambda: layer(x), lambda: torch._weight_int4pack_mm_for_cpu(x, packed, size, grid)], 999, 1
-    )
+    if layer.layout == "native":
+        op = native.op(layer.scheme.bits)
+        whole, kernel = in_turns([lambda: layer(x), lambda: op(x, packed, grid)], 999, 1)
+    else:
+        call, size = torch._weight_int4pack_mm_for_cpu, layer.in_features // grid.shape[0]
+        whole, kernel = in_turns([lambda: layer(x), lambda: call(x, packed, size, grid)], 999, 1)
     seconds = statistics.median(kernel)
     return {"kernel_seconds": seconds, "overhead_seconds": statistics.median(whole) - seconds}
 

@@ -108,8 +108,7 @@ def _kernel(where: str, rows: int, bits: int, n: int, k: int, groups: int, archi
         name = wq_kernels.select("cuda" if architecture else _first_device().type, bits).__name__.rpartition(".")[2]
         return {"reference": "dequantize in torch, then matmul", "dense": "dequantize in Triton, then matmul"}[name]
     if where in registry.CPU_LAYOUTS:
-        few = registry.cpu_module(where).FEW
-        return "fused, by PyTorch" if rows <= few else "dequantize in tiles, then matmul"
+        return str(registry.cpu_module(where).describe(rows))
     if rows > configs.FUSED_ROWS:
         return "dequantize in pieces, then matmul"
     blocks = -(-k // layout.block_columns(bits))

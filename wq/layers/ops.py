@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import wq_kernels
-from wq_kernels import checks, int4pack, registry
+from wq_kernels import checks, int4pack, native, registry
 from wq_kernels import layout as tiles
 
 STREAM, TILED = "stream", "tiled"  # the first is that of checkpoints
@@ -171,8 +171,12 @@ def on_cpu(
 ) -> Tensor:
     """`x @ W.T + bias`, `[..., out]`, for x `[..., in]` in a dtype that the layout's module computes in. No gradients.
 
-    The kernel for few rows is called right here, so that a token costs little more than it, and torch.compile sees it.
+    Ops of torch and of wq's own library are called right here, so that a token costs little more than the kernel, and
+    torch.compile sees them.
     """
+    if layout == "native":
+        y = (native.OPS.get(bits) or native.op(bits))(x, packed, grid)
+        return y if bias is None else y + bias.to(y.dtype)
     *lead, in_features = x.shape
     rows = x.reshape(-1, in_features).contiguous()
     if layout == "int4pack" and rows.shape[0] <= int4pack.FEW:

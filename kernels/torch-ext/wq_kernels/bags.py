@@ -25,6 +25,7 @@ __all__ = [
     "FEW",
     "WHAT",
     "computes_in",
+    "describe",
     "fits",
     "from_stream",
     "make_grid",
@@ -54,8 +55,13 @@ def fits(bits: int, out_features: int, in_features: int, groups: int) -> bool:
     return supports(bits) and out_features * bits % 8 == 0 and groups >= 1 and in_features % groups == 0
 
 
+def describe(rows: int) -> str:
+    """What multiplies so many rows, in a few words."""
+    return "fused, by PyTorch" if rows <= FEW else "dequantize in tiles, then matmul"
+
+
 @cache
-def unusable() -> str:
+def unusable(bits: int = 4) -> str:
     """Why PyTorch's embedding bags do not serve here; empty when they do. Computes small products, once."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(FEW + 1, 64, generator=generator)

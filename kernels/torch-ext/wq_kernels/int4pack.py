@@ -26,6 +26,7 @@ __all__ = [
     "FEW",
     "WHAT",
     "computes_in",
+    "describe",
     "fits",
     "from_stream",
     "make_grid",
@@ -67,8 +68,13 @@ def _kernel_size(group_size: int) -> int:
     return next((size for size in _SIZES if group_size % size == 0), 0)
 
 
+def describe(rows: int) -> str:
+    """What multiplies so many rows, in a few words."""
+    return "fused, by PyTorch" if rows <= FEW else "dequantize in tiles, then matmul"
+
+
 @cache
-def unusable() -> str:
+def unusable(bits: int = 4) -> str:
     """Why the kernel does not run fast on this processor; empty when it does. Computes a small product, once."""
     if not hasattr(torch, "_weight_int4pack_mm_for_cpu"):
         return f"torch {torch.__version__} has no 4-bit kernel for CPUs"

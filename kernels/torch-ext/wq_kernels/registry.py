@@ -16,7 +16,7 @@ __all__ = ["BACKENDS", "CPU_LAYOUTS", "LAYOUTS", "Backend", "get", "preferred_la
 
 STREAM, TILED = "stream", "tiled"
 LAYOUTS = (STREAM, TILED)  # of the backends
-CPU_LAYOUTS = ("int4pack", "bags")  # each has a module of its own, called like it; the preferred first
+CPU_LAYOUTS = ("native", "int4pack", "bags")  # each has a module of its own, called like it; the preferred first
 _ANY = "any"
 _log = logging.getLogger(__name__)
 
@@ -100,7 +100,7 @@ def _reason_on_cpu(
         elif not module.fits(bits, out_features, in_features, groups):
             why = f"{out_features} rows in {groups} groups do not fill bytes"
         else:
-            why = module.unusable()
+            why = module.unusable(bits)
             if not why:
                 return name, module.WHAT
     return STREAM, why
