@@ -56,11 +56,13 @@ WITH_TRITON = ("dense", "experts", "fused", "inner", "sweep", "tune")
 WITHOUT_TRITON = (
     "bags",
     "checks",
+    "compiler",
     "configs",
     "counters",
     "dispatch",
     "int4pack",
     "layout",
+    "native",
     "reference",
     "registry",
     "stream",

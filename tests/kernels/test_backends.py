@@ -15,7 +15,7 @@ from torch.nn import functional
 
 import wq_kernels
 from wq.layers import ops
-from wq_kernels import Backend, bags, int4pack, layout, reference, registry
+from wq_kernels import Backend, bags, int4pack, layout, native, reference, registry
 
 PACKAGE = Path(wq_kernels.__file__).parent
 WORD = 0xFFFFFFFF
@@ -205,34 +205,42 @@ def test_the_layout_preferred_where_no_fused_kernel_runs_is_that_of_checkpoints(
     assert wq_kernels.preferred_layout(torch.device(device), 4, 4096, 4096, 32, torch.bfloat16) == "stream"
 
 
+OURS, PACK, BAGS = "wq's kernel, compiled here", "PyTorch's 4-bit kernel", "PyTorch's embedding bags"
+
+
 @pytest.mark.parametrize(
-    ("bits", "out_features", "groups", "dtype", "unusable", "expected"),
+    ("bits", "out_features", "groups", "dtype", "absent", "expected"),
     [
-        (4, 4096, 32, torch.bfloat16, "", ("int4pack", "PyTorch's 4-bit kernel")),
-        (4, 4096, 1, torch.bfloat16, "", ("int4pack", "PyTorch's 4-bit kernel")),
-        (4, 4096, 32, torch.float32, "", ("bags", "PyTorch's embedding bags")),
-        (8, 4096, 32, torch.bfloat16, "", ("bags", "PyTorch's embedding bags")),
-        (2, 4096, 32, torch.float16, "", ("bags", "PyTorch's embedding bags")),
-        (4, 4098, 32, torch.bfloat16, "", ("bags", "PyTorch's embedding bags")),
-        (4, 4096, 256, torch.bfloat16, "", ("bags", "PyTorch's embedding bags")),
-        (3, 4096, 32, torch.bfloat16, "", ("stream", "no fused kernel for 3 bits runs on cpu")),
+        (4, 4096, 32, torch.bfloat16, "", ("native", OURS)),
+        (3, 4096, 1, torch.float32, "", ("native", OURS)),
+        (8, 4096, 32, torch.float16, "native", ("bags", BAGS)),
+        (4, 4096, 32, torch.bfloat16, "native", ("int4pack", PACK)),
+        (4, 4096, 1, torch.bfloat16, "native", ("int4pack", PACK)),
+        (4, 4096, 32, torch.float32, "native", ("bags", BAGS)),
+        (2, 4096, 32, torch.float16, "native", ("bags", BAGS)),
+        (4, 4098, 32, torch.bfloat16, "", ("bags", BAGS)),
+        (4, 4096, 256, torch.bfloat16, "", ("bags", BAGS)),
+        (3, 4096, 32, torch.bfloat16, "native", ("stream", "native is absent")),
+        (3, 4097, 32, torch.bfloat16, "", ("stream", "4097 rows in 32 groups do not fill")),
         (4, 4096, 32, torch.float64, "", ("stream", "no fused kernel for torch.float64 runs on cpu")),
         (4, 4096, 32, None, "", ("stream", "no fused kernel runs on cpu")),
         (4, 4097, 32, torch.bfloat16, "", ("stream", "4097 rows in 32 groups do not fill")),
-        (4, 4096, 32, torch.bfloat16, "an old processor", ("stream", "an old processor")),
+        (4, 4096, 32, torch.bfloat16, "native int4pack bags", ("stream", "native is absent")),
+        (5, 4096, 32, torch.bfloat16, "", ("stream", "no fused kernel for 5 bits runs on cpu")),
     ],
 )
-def test_the_layout_preferred_on_a_cpu_is_that_of_the_kernel_where_it_takes_the_weight(
+def test_the_layout_preferred_on_a_cpu_is_that_of_the_first_kernel_that_takes_the_weight(
     monkeypatch: pytest.MonkeyPatch,
     bits: int,
     out_features: int,
     groups: int,
     dtype: torch.dtype | None,
-    unusable: str,
+    absent: str,
     expected: tuple[str, str],
 ) -> None:
-    for module in (int4pack, bags):
-        monkeypatch.setattr(module, "unusable", lambda: unusable)
+    for name, module in (("native", native), ("int4pack", int4pack), ("bags", bags)):
+        why = f"{name} is absent" if name in absent else ""
+        monkeypatch.setattr(module, "unusable", lambda bits, why=why: why)
     name, why = registry.reason(torch.device("cpu"), bits, out_features, 4096, groups, dtype)
     assert (name, why[: len(expected[1])]) == expected
     assert wq_kernels.preferred_layout(torch.device("cpu"), bits, out_features, 4096, groups, dtype) == name

@@ -90,7 +90,7 @@ def test_every_file_is_there_and_has_the_digest_that_the_loader_computes(staged:
     read = Metadata.read_from_file(folder / "metadata.json")
     assert read.digest is not None
     read.digest.validate(Digest.hash_variant(DigestAlgorithm.SHA256, folder))
-    sources = {file.relative_to(PACKAGE).as_posix() for file in PACKAGE.rglob("*.py")}
+    sources = {file.relative_to(PACKAGE).as_posix() for kind in ("*.py", "*.cpp") for file in PACKAGE.rglob(kind)}
     assert set(read.digest.files) == sources | {"_ops.py", "wq_kernels/__init__.py"}
     for name in sources:
         assert (folder / name).read_bytes() == (PACKAGE / name).read_bytes()

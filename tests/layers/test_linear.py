@@ -25,7 +25,7 @@ from wq.layers import PackedWeight, WqLinear
 from wq.pipeline.quantizer import quantize
 from wq.scheme import PER_CHANNEL, Scheme
 from wq.solvers import Solution
-from wq_kernels import bags, int4pack
+from wq_kernels import bags, int4pack, native, registry
 
 SHAPES = [(40, 96, 32), (40, 96, PER_CHANNEL), (33, 64, 16), (7, 40, PER_CHANNEL)]  # out, in, group size
 # All that tiles take: groups shorter and longer than a block of words, columns and rows that are padded and not.
@@ -620,11 +620,24 @@ def test_what_is_quantized_on_load_is_tiled_and_saved_the_same(
 on_a_cpu = pytest.mark.skipif(
     bool(int4pack.unusable() or bags.unusable()), reason=f"here, {int4pack.unusable()}{bags.unusable()}"
 )
+compiled = pytest.mark.skipif(bool(native.unusable()), reason=f"here, {native.unusable()}")
 BF16 = torch.bfloat16
-KIND = {"int4pack": BF16, "bags": torch.float32}
-BOUND = {"int4pack": 4e-3, "bags": 1e-5}
+KIND = {"native": BF16, "int4pack": BF16, "bags": torch.float32}
+BOUND = {"native": 4e-3, "int4pack": 4e-3, "bags": 1e-5}
 
-each_cpu_layout = pytest.mark.parametrize(("layout", "bits"), [("int4pack", 4), ("bags", 4), ("bags", 2), ("bags", 8)])
+each_cpu_layout = pytest.mark.parametrize(
+    ("layout", "bits"),
+    [*(pytest.param("native", bits, marks=compiled) for bits in (2, 3, 4, 8)), ("int4pack", 4)]
+    + [("bags", bits) for bits in (2, 4, 8)],
+)
+
+
+@pytest.fixture(autouse=True)
+def _only_this_layout(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels for CPUs: the compiled one where a test asks for it, else PyTorch's."""
+    wanted = getattr(request.node, "callspec", None)
+    ours = wanted is not None and wanted.params.get("layout") == "native"
+    monkeypatch.setattr(registry, "CPU_LAYOUTS", ("native",) if ours else ("int4pack", "bags"))
 
 
 def for_cpu(
@@ -646,7 +659,11 @@ def near(actual: Tensor, layer: WqLinear, x: Tensor, bound: float = 4e-3) -> boo
 
 
 @on_a_cpu
-@pytest.mark.parametrize(("dtype", "layout"), [("bfloat16", "int4pack"), ("float32", "bags"), ("float16", "bags")])
+@pytest.mark.parametrize(
+    ("dtype", "layout"),
+    [("bfloat16", "int4pack"), ("float32", "bags"), ("float16", "bags")]
+    + [pytest.param(dtype, "native", marks=compiled) for dtype in ("bfloat16", "float32", "float16")],
+)
 @each_grid
 def test_a_model_loads_onto_the_kernels_for_cpus_and_saves_what_the_checkpoint_holds(
     dtype: str, layout: str, symmetric: bool, tiny_model: Callable[..., Path], tmp_path: Path
@@ -750,6 +767,20 @@ def test_casting_chooses_the_layout_again() -> None:
     assert near(prepared(x.to(BF16)), layer, x.to(BF16), 8e-3)  # a cast scale is another scale
 
 
+@compiled
+@pytest.mark.parametrize("layout", ["native"])
+def test_casting_keeps_the_layout_that_computes_in_both(layout: str) -> None:
+    layer, prepared = for_cpu(layout=layout)
+    prepared.to(torch.float64)
+    assert prepared.layout == "stream"
+    for dtype, bound in ((torch.float32, 1e-5), (torch.float16, 5e-4), (BF16, 8e-3)):
+        prepared.to(dtype)
+        layer.to(dtype)
+        x = torch.randn(3, 96).to(dtype)
+        assert prepared.layout == layout
+        assert near(prepared(x), layer, x, bound)
+
+
 @on_a_cpu
 @each_cpu_layout
 def test_going_through_no_device_keeps_it_loadable(layout: str, bits: int) -> None:
@@ -809,7 +840,7 @@ def test_the_same_cast_again_damages_nothing(layout: str, bits: int, dtype: torc
         prepared.to(dtype)
     layer.to(dtype)
     x = torch.randn(3, 96).to(dtype)
-    assert prepared.layout == "bags"
+    assert prepared.layout == ("native" if layout == "native" else "bags")
     assert near(prepared(x), layer, x, 1e-5 if dtype == torch.float32 else 5e-4)
 
 

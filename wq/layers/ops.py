@@ -175,7 +175,7 @@ def on_cpu(
     torch.compile sees them.
     """
     if layout == "native":
-        y = (native.OPS.get(bits) or native.op(bits))(x, packed, grid)
+        y = native.op(bits)(x, packed, grid)
         return y if bias is None else y + bias.to(y.dtype)
     *lead, in_features = x.shape
     rows = x.reshape(-1, in_features).contiguous()

@@ -79,38 +79,59 @@ def load(source: Path, **defined: str | int) -> Any:
     root = Path(torch.__file__).parent
     command = ["-shared", "-fPIC", "-std=c++20", "-O3", "-ffp-contract=off", "-w", *flags]
     command += [f"-D{name}={value}" for name, value in sorted(defined.items())]
-    command += ["-DTORCH_TARGET_VERSION=0x020a000000000000", f"-I{root / 'include'}", f"-L{root / 'lib'}", "-ltorch_cpu"]
+    command += [
+        "-DTORCH_TARGET_VERSION=0x020a000000000000",
+        f"-I{root / 'include'}",
+        f"-L{root / 'lib'}",
+        "-ltorch_cpu",
+    ]
     stat = os.stat(tool)
     facts = [torch.__version__, tool, stat.st_size, stat.st_mtime_ns, *command, source.read_text(encoding="utf-8")]
     digest = hashlib.sha256("\0".join(map(str, facts)).encode()).hexdigest()[:16]
     namespace = f"wq_{source.stem}_{digest}"
-    library = _folder() / f"{namespace}.so"
-    if not library.exists():
-        _compile([tool, str(source), *command, f"-DWQ_NAMESPACE={namespace}"], library)
+    library = _kept(namespace) or _compile([tool, str(source), *command], namespace)
     try:
         torch.ops.load_library(str(library))
     except (OSError, RuntimeError) as error:
-        raise CompileError(f"{library} does not load: {_first_line(str(error.__cause__ or error))}") from error
+        library.unlink(missing_ok=True)
+        raise CompileError(f"what {tool} made does not load: {_first_line(str(error.__cause__ or error))}") from error
     return getattr(torch.ops, namespace)
+
+
+def _kept(namespace: str) -> Path | None:
+    """A library that was made before and is whole: a cut one would end the process that loads it."""
+    for path in sorted(_folder().glob(f"{namespace}-*.so")):
+        if path.name == _name(namespace, path.read_bytes()):
+            return path
+        path.unlink(missing_ok=True)
+    return None
+
+
+def _name(namespace: str, content: bytes) -> str:
+    return f"{namespace}-{hashlib.sha256(content).hexdigest()[:16]}.so"
 
 
 def _folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "wq"
 
 
-def _compile(command: list[str], library: Path) -> None:
+def _compile(command: list[str], namespace: str) -> Path:
     """Runs a compiler and puts what it makes in place at once: of several processes, any may be first."""
-    _log.info("compiling %s, once: %s", library.stem, " ".join(command))
+    _log.info("compiling %s, once: %s", namespace, " ".join(command))
+    tool = Path(command[0]).name
     try:
-        library.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-            made = Path(folder) / library.name
-            done = subprocess.run([*command, "-o", str(made)], capture_output=True, text=True, timeout=_SECONDS)
+        _folder().mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=_folder()) as folder:
+            made = Path(folder) / "made.so"
+            command = [*command, f"-DWQ_NAMESPACE={namespace}", "-o", str(made)]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS)
             if done.returncode:
-                raise CompileError(f"{Path(command[0]).name} failed: {_first_line(done.stderr)}")
+                raise CompileError(f"{tool} failed: {_first_line(done.stderr)}")
+            library = _folder() / _name(namespace, made.read_bytes())
             os.replace(made, library)
+            return library
     except (OSError, subprocess.SubprocessError) as error:
-        raise CompileError(f"{Path(command[0]).name} could not be run: {_first_line(str(error))}") from error
+        raise CompileError(f"{tool} could not be run: {_first_line(str(error))}") from error
 
 
 def _first_line(text: str) -> str:

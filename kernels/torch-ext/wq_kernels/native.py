@@ -22,7 +22,6 @@ from torch import Tensor
 from . import compiler, stream
 
 __all__ = [
-    "OPS",
     "WHAT",
     "computes_in",
     "describe",
@@ -46,7 +45,6 @@ _WIDTHS = (2, 3, 4, 8)
 # Swaps that bring the codes of even columns into the low half of a word: what is `distance` bits above goes where the
 # mask is, and back. Hacker's Delight, section 7-2: the perfect unshuffle.
 _SWAPS = ((2, 0x0C0C0C0C), (4, 0x00F000F0), (8, 0x0000FF00))
-OPS: dict[int, Any] = {}  # those that are loaded, by bits
 _BF16, _F32, _U8 = torch.bfloat16, torch.float32, torch.uint8
 
 
@@ -94,14 +92,18 @@ def unusable(bits: int = 4) -> str:
     return ""
 
 
+@torch.compiler.assume_constant_result  # a tracer takes it for what it is, rather than look into how it is made
 def op(bits: int) -> Any:
     """The op: x `[..., K]`, packed, grid to `[..., N]`. Raises CompileError when there can be none."""
-    if bits not in OPS:
-        space = compiler.load(_SOURCE, WQ_BITS=bits)
-        OPS[bits] = space.linear.default
-        if not torch._C._dispatch_has_kernel_for_dispatch_key(f"{space.name}::linear", "Meta"):
-            torch.library.register_fake(f"{space.name}::linear", _shape)
-    return OPS[bits]
+    return _op(bits)
+
+
+@cache
+def _op(bits: int) -> Any:
+    space = compiler.load(_SOURCE, WQ_BITS=bits)
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"{space.name}::linear", "Meta"):
+        torch.library.register_fake(f"{space.name}::linear", _shape)
+    return space.linear.default
 
 
 def _shape(x: Tensor, packed: Tensor, grid: Tensor) -> Tensor:
@@ -114,15 +116,15 @@ def _shape(x: Tensor, packed: Tensor, grid: Tensor) -> Tensor:
 def from_stream(packed: Tensor, bits: int, in_features: int) -> Tensor:
     """The kernel's words from those of a checkpoint (see `reference`)."""
     rows, words = packed.shape
-    out = packed.view(rows // _BLOCK, _BLOCK, words).transpose(1, 2).contiguous()
+    out = packed.view(rows // _BLOCK, _BLOCK, words).transpose(1, 2).clone(memory_format=torch.contiguous_format)
     return _swapped(out, _swaps(bits))
 
 
 def to_stream(packed: Tensor, bits: int) -> Tensor:
     """The inverse of `from_stream`: the words that the checkpoint held."""
     blocks, words, _ = packed.shape
-    out = packed.transpose(1, 2).reshape(blocks * _BLOCK, words)
-    return _swapped(out, _swaps(bits)[::-1])
+    out = packed.transpose(1, 2).clone(memory_format=torch.contiguous_format)
+    return _swapped(out, _swaps(bits)[::-1]).view(blocks * _BLOCK, words)
 
 
 def _swaps(bits: int) -> tuple[tuple[int, int], ...]:

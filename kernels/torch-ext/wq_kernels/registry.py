@@ -89,21 +89,22 @@ def reason(
 def _reason_on_cpu(
     bits: int, out_features: int, in_features: int, groups: int, dtype: torch.dtype | None
 ) -> tuple[str, str]:
-    """The first layout for CPUs whose module takes such a weight; else why the last, which takes more, does not."""
-    why = ""
+    """The first layout for CPUs whose module takes such a weight; else why the first that might have does not."""
+    why = []
     for name in CPU_LAYOUTS:
         module = cpu_module(name)
         if not module.supports(bits):
-            why = f"no fused kernel for {bits} bits runs on cpu"
+            why.append((0, f"no fused kernel for {bits} bits runs on cpu"))
         elif not module.computes_in(dtype):
-            why = f"no fused kernel{'' if dtype is None else f' for {dtype}'} runs on cpu"
+            why.append((1, f"no fused kernel{'' if dtype is None else f' for {dtype}'} runs on cpu"))
         elif not module.fits(bits, out_features, in_features, groups):
-            why = f"{out_features} rows in {groups} groups do not fill bytes"
+            why.append((2, f"{out_features} rows in {groups} groups do not fill whole blocks"))
         else:
-            why = module.unusable(bits)
-            if not why:
+            reason = module.unusable(bits)
+            if not reason:
                 return name, module.WHAT
-    return STREAM, why
+            why.append((3, reason))
+    return STREAM, max(why, key=lambda one: one[0])[1]
 
 
 def reason_for_shape(bits: int, in_features: int, groups: int) -> str:
