@@ -12,6 +12,7 @@ With AVX-512's bfloat16 products, two columns are multiplied at once in bfloat16
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -92,18 +93,30 @@ def unusable(bits: int = 4) -> str:
     return ""
 
 
-@torch.compiler.assume_constant_result  # a tracer takes it for what it is, rather than look into how it is made
 def op(bits: int) -> Any:
     """The op: x `[..., K]`, packed, grid to `[..., N]`. Raises CompileError when there can be none."""
-    return _op(bits)
+    return getattr(torch.ops, _NAMES[bits]()).linear.default
 
 
 @cache
-def _op(bits: int) -> Any:
+def _loaded(bits: int) -> str:
+    """The namespace of the op."""
     space = compiler.load(_SOURCE, WQ_BITS=bits)
     if not torch._C._dispatch_has_kernel_for_dispatch_key(f"{space.name}::linear", "Meta"):
         torch.library.register_fake(f"{space.name}::linear", _shape)
-    return space.linear.default
+    return str(space.name)
+
+
+def _name_of(bits: int) -> Callable[[], str]:
+    """`_loaded`, which a tracer takes as it is, rather than look into how it is made."""
+
+    def name() -> str:
+        return _loaded(bits)
+
+    return torch.compiler.assume_constant_result(name)  # with no argument: it would have to be a constant, too
+
+
+_NAMES = {bits: _name_of(bits) for bits in _WIDTHS}
 
 
 def _shape(x: Tensor, packed: Tensor, grid: Tensor) -> Tensor:
