@@ -158,6 +158,8 @@ def worker(options: argparse.Namespace) -> None:
         importlib.import_module("llama_cpp" if options.worker == "llama.cpp" else "transformers.modeling_utils")
         if options.worker == "wq":
             importlib.import_module("wq.hf")
+        if options.worker != "llama.cpp":
+            warm_up(getattr(importlib.import_module("torch"), options.dtypes[0]))
         before = peak_bytes()
         started = time.perf_counter()
         contender = (Llama if options.worker == "llama.cpp" else Transformers)(options)
@@ -172,6 +174,17 @@ def worker(options: argparse.Namespace) -> None:
             answer(seconds=getattr(contender, line.strip())())
         except Exception as error:
             answer(error=f"{type(error).__name__}: {error}"[:300])
+
+
+def warm_up(dtype: Any) -> None:
+    """Let a model of a few numbers write: code that libraries load when they first compute is not what is measured."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=64, **sizes)).to(dtype).eval()
+    with torch.inference_mode():
+        model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=2, min_new_tokens=2, do_sample=False)
 
 
 def peak_bytes() -> int:

@@ -4,8 +4,8 @@
     y = wq_kernels.linear(x, packed, scale, zero, permutation, bias, bits, out_features, in_features, layout)
 
 A weight comes in the layout of checkpoints, `stream` (see `reference`); where a fused kernel runs, it is laid out once
-as `tiled` (see `layout`), and back when it is saved. On a CPU it may become `int4pack` or `bags`, for the modules
-of these names alone. A backend is a module for one of the first two layouts with
+as `tiled` (see `layout`), and back when it is saved. On a CPU it may become `native`, `int4pack` or `bags`, for the
+modules of these names alone. A backend is a module for one of the first two layouts with
 
     def supports(bits) -> bool
     def dequantize(packed, scale, zero, bits, out_features, in_features, dtype) -> Tensor
