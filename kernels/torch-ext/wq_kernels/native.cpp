@@ -155,10 +155,10 @@ struct Pair {
 
 struct Grid {
   const uint8_t* bytes;
-  int64_t blocks, size;
+  int64_t blocks, groups, size;
   bool wide, zeros;  // wide: scales in float32, else bfloat16
 
-  const uint8_t* at(int64_t group, int64_t block) const { return bytes + (group * blocks + block) * size; }
+  const uint8_t* at(int64_t group, int64_t block) const { return bytes + (block * groups + group) * size; }
 
   Floats scale(const uint8_t* here, int part) const {
     if (wide) return load<Floats>(here + 4 * LANES * part);
@@ -230,6 +230,7 @@ void few(const Problem& p, const Rows<typename How::Element, M>& x, const float*
   const uint32_t* from[N];
   for (int n = 0; n < N; ++n)
     from[n] = p.packed + (vector + n) / PARTS * p.words * BLOCK + (vector + n) % PARTS * LANES;
+  const int64_t next = p.words * N / PARTS;  // words until what is read after this
   int64_t column = 0;
   for (int64_t segment = 0; segment < p.segments; ++segment) {
     Floats part[N][M] = {};
@@ -238,7 +239,10 @@ void few(const Problem& p, const Rows<typename How::Element, M>& x, const float*
 #pragma GCC unroll 4
       for (int n = 0; n < N; ++n) {
 #pragma GCC unroll 3
-        for (int w = 0; w < U::words; ++w) words[n][w] = load<Words>(from[n] + w * BLOCK);
+        for (int w = 0; w < U::words; ++w) {
+          words[n][w] = load<Words>(from[n] + w * BLOCK);
+          __builtin_prefetch(from[n] + (next + w) * BLOCK);  // short runs are over before the processor sees them coming
+        }
         from[n] += U::words * BLOCK;
       }
 #pragma GCC unroll 32
@@ -504,18 +508,18 @@ Tensor linear(const Tensor& given, const Tensor& packed, const Tensor& grid) {
                       packed.size(2) == BLOCK,
                   "packed must be int32 [blocks, words, ", BLOCK, "], contiguous");
   STD_TORCH_CHECK(grid.dim() == 3 && grid.scalar_type() == ScalarType::Byte && grid.is_contiguous(),
-                  "grid must be uint8 [groups, blocks, bytes], contiguous");
+                  "grid must be uint8 [blocks, groups, bytes], contiguous");
   STD_TORCH_CHECK(x.dim() >= 1 && x.dim() <= DIMENSIONS, "x has ", x.dim(), " dimensions, not 1 to ", DIMENSIONS);
-  const int64_t columns = x.size(x.dim() - 1), blocks = packed.size(0), groups = grid.size(0), bytes = grid.size(2);
+  const int64_t columns = x.size(x.dim() - 1), blocks = packed.size(0), groups = grid.size(1), bytes = grid.size(2);
   STD_TORCH_CHECK(packed.size(1) * 32 == columns * WQ_BITS, "x has ", columns, " columns, the weight ",
                   packed.size(1) * 32 / WQ_BITS);
-  STD_TORCH_CHECK(grid.size(1) == blocks && (bytes == 32 || bytes == 48 || bytes == 64 || bytes == 80),
-                  "grid is of another weight: ", grid.size(1), " blocks of ", bytes, " bytes");
+  STD_TORCH_CHECK(grid.size(0) == blocks && (bytes == 32 || bytes == 48 || bytes == 64 || bytes == 80),
+                  "grid is of another weight: ", grid.size(0), " blocks of ", bytes, " bytes");
   STD_TORCH_CHECK(groups > 0 && columns % groups == 0 && columns / groups % 32 == 0, columns, " columns in ", groups,
                   " groups");
   Problem p;
   p.packed = static_cast<const uint32_t*>(packed.data_ptr());
-  p.grid = {static_cast<const uint8_t*>(grid.data_ptr()), blocks, bytes, bytes >= 64, bytes % 32 != 0};
+  p.grid = {static_cast<const uint8_t*>(grid.data_ptr()), blocks, groups, bytes, bytes >= 64, bytes % 32 != 0};
   p.columns = columns;
   p.words = packed.size(1);
   p.segment = longest_segment(columns / groups);

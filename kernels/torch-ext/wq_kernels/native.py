@@ -5,7 +5,7 @@ With AVX-512's bfloat16 products, two columns are multiplied at once in bfloat16
 
     packed   int32 [N / 16, words, 16]   the words of a checkpoint, those of 16 rows side by side; within a word, codes
                                          of even columns come first. At 3 bits, where they straddle, as they were
-    grid     uint8 [G, N / 16, bytes]    of 16 rows: scales in bfloat16 if they are, else in float32 (32 or 64 bytes),
+    grid     uint8 [N / 16, G, bytes]    of 16 rows: scales in bfloat16 if they are, else in float32 (32 or 64 bytes),
                                          and where there are zero points, those, in 16 more
 """
 
@@ -159,11 +159,15 @@ def _swapped(words: Tensor, swaps: tuple[tuple[int, int], ...]) -> Tensor:
 def make_grid(scale: Tensor, zero: Tensor | None, bits: int, out_features: int, in_features: int) -> Tensor:
     """What the kernel wants to know of `scale` and `zero`, which are as in `reference`."""
     kept = scale if scale.dtype == _BF16 else scale.to(_F32)
-    parts = [kept.t().contiguous().view(scale.shape[1], -1, _BLOCK).view(_U8)]
+    parts = [_blocks(kept).view(_U8)]
     if zero is not None:
-        points = stream.unpack(zero.t(), bits, out_features)
-        parts.append(points.view(scale.shape[1], -1, _BLOCK))
+        parts.append(_blocks(stream.unpack(zero.t(), bits, out_features).t()))
     return torch.cat(parts, -1)
+
+
+def _blocks(values: Tensor) -> Tensor:
+    """`[N, G]` to `[N / 16, G, 16]`."""
+    return values.reshape(-1, _BLOCK, values.shape[1]).transpose(1, 2).contiguous()
 
 
 # --- products ---
