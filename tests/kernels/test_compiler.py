@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from wq_kernels import compiler
+from wq_kernels import compiler, native
 
 pytestmark = pytest.mark.skipif(bool(compiler.refusal()), reason=f"here, {compiler.refusal()}")
 
@@ -49,6 +49,12 @@ def pretend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> Non
     tool.write_text(f"#!/bin/sh\n{script}\n")
     tool.chmod(0o755)
     monkeypatch.setenv("CXX", str(tool))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_wherever_it_can_be_compiled_the_kernel_is_used(bits: int) -> None:
+    """Its own tests are left out where it is not."""
+    assert native.unusable(bits) == ""
 
 
 def test_an_op_is_compiled_once_and_kept(kept: Path, source: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -44,7 +44,7 @@ constexpr int PARTS = BLOCK / LANES;   // vectors in a block
 constexpr int ROWS = 8;                // of x, at once
 constexpr int WIDE = LANES == 4 ? 1 : LANES == 8 ? 1 : 3;  // vectors of outputs at once, for many rows: they fill the registers
 constexpr int SEGMENT = 512;           // columns, at most
-constexpr int64_t PANEL = 128;          // steps of a panel, if segments are shorter: it fits in the first cache beside x
+constexpr int64_t PANEL = 96;          // steps of a panel, if segments are shorter: it fits in the first cache beside x
 constexpr int64_t CHUNK = 512;          // rows of x, at once, for many rows
 constexpr int64_t GRAIN = 1 << 17;     // products for which a thread is worth waking
 constexpr int DIMENSIONS = 8;          // of x, at most
@@ -98,8 +98,15 @@ struct Single {
 
   template <int BITS>
   static Weight weight(const Words* words, int step) {
-    const Words value = code<BITS>(words, step) & ((1u << BITS) - 1);
-    return __builtin_convertvector((Ints)value - Unit<BITS>::midpoint, Floats);
+    const Words found = code<BITS>(words, step);
+#if defined(__AVX512F__)
+    if constexpr (BITS <= 4) {  // a lookup that reads four bits
+      Floats table;
+      for (int i = 0; i < 16; ++i) table[i] = static_cast<float>(i % (1 << BITS) - Unit<BITS>::midpoint);
+      return (Floats)_mm512_permutexvar_ps((__m512i)found, (__m512)table);
+    }
+#endif
+    return __builtin_convertvector((Ints)(found & ((1u << BITS) - 1)) - Unit<BITS>::midpoint, Floats);
   }
 
   [[gnu::always_inline]] static void add(Floats& sum, Weight weight, const float* x) {
@@ -526,11 +533,17 @@ Tensor linear(const Tensor& given, const Tensor& packed, const Tensor& grid) {
   p.segments = columns / p.segment;
   p.per_group = p.segments / groups;
 
-  int64_t shape[DIMENSIONS];
+  int64_t shape[DIMENSIONS], strides[DIMENSIONS];
   int64_t rows = 1;
   for (int64_t i = 0; i + 1 < x.dim(); ++i) rows *= shape[i] = x.size(i);
   shape[x.dim() - 1] = blocks * BLOCK;
-  const Tensor y = torch::stable::new_empty(x, {shape, static_cast<size_t>(x.dim())});
+  int64_t stride = 1;
+  for (int64_t i = x.dim() - 1; i >= 0; --i) strides[i] = stride, stride *= shape[i];
+  AtenTensorHandle made;  // torch::stable::new_empty looks its op up by name, which takes longer than the rest
+  int32_t kind;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &kind));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(x.dim(), shape, strides, kind, aoti_torch_device_type_cpu(), 0, &made));
+  const Tensor y(made);
   if (type == ScalarType::Float) multiply_chunks<float>(p, x, rows, y);
   else if (type == ScalarType::Half) multiply_chunks<_Float16>(p, x, rows, y);
   else multiply_chunks<uint16_t>(p, x, rows, y);
