@@ -203,6 +203,7 @@ class Transformers:
         logging.disable_progress_bar()
         torch.set_num_threads(options.threads[0])
         kind, dtype = options.worker, getattr(torch, options.dtypes[0])
+        self.kind = kind
         more: dict[str, Any] = {}
         if kind == "wq":
             from wq import WqConfig
@@ -260,20 +261,21 @@ class Transformers:
     def compiled(self) -> float:
         """Seconds a token after the first, with a static cache and a compiled forward."""
         how = {"cache_implementation": "static", "compile_config": self.compile_config()}
-        if not hasattr(self, "warm"):
-            self.generate(PROMPT, TOKENS, **how)
-            self.warm = self.generate(PROMPT, 1, **how)
         return (self.generate(PROMPT, TOKENS, **how) - self.generate(PROMPT, 1, **how)) / (TOKENS - 1)
 
     def compile_config(self) -> Any:
-        """That of `wq.compile_config(final=True)`, for every contender: where wq is not installed, too."""
+        """That of `wq.compile_config(final=True)`, where wq is not installed, too.
+
+        But transformers' own for gptqmodel, whose layers do not compile with the other.
+        """
         from transformers import CompileConfig
 
         config = CompileConfig()
         vars(config)["_compile_all_devices"] = True
-        config.mode = None
-        unchecked = self.torch.compiler.skip_guard_on_all_nn_modules_unsafe
-        config.options = {"cpp_wrapper": True, "guard_filter_fn": unchecked}
+        if self.kind != "gptqmodel":
+            config.mode = None
+            unchecked = self.torch.compiler.skip_guard_on_all_nn_modules_unsafe
+            config.options = {"cpp_wrapper": True, "guard_filter_fn": unchecked}
         return config
 
 

@@ -91,8 +91,19 @@ def test_an_encoder_decoder_model_is_refused(tiny_model: TinyModel) -> None:
         module.speed(tiny_model("t5"))
 
 
+def test_options_of_compiling_are_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    from wq import compile_config
+
+    unchecked = torch.compiler.skip_guard_on_all_nn_modules_unsafe
+    assert (compile_config().mode, compile_config().options) == (None, {"cpp_wrapper": True})
+    assert compile_config(final=True).options == {"cpp_wrapper": True, "guard_filter_fn": unchecked}
+    monkeypatch.setattr("wq.hf.generation.default_device", lambda: "cuda:0")
+    assert (compile_config(final=True).mode, compile_config().options) == ("reduce-overhead", None)
+
+
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="inductor needs a C++ compiler")
-def test_decoding_is_compiled_and_says_the_same(pair: tuple[Path, Path]) -> None:
+@pytest.mark.parametrize("final", [False, True])
+def test_decoding_is_compiled_and_says_the_same(pair: tuple[Path, Path], final: bool) -> None:
     from wq import compile_config, load
 
     torch._dynamo.reset()
@@ -101,7 +112,7 @@ def test_decoding_is_compiled_and_says_the_same(pair: tuple[Path, Path]) -> None
     how = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
     eager = model.generate(ids, **how)
     before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    compiled = model.generate(ids, **how, cache_implementation="static", compile_config=compile_config())
+    compiled = model.generate(ids, **how, cache_implementation="static", compile_config=compile_config(final=final))
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > before
     assert not torch._dynamo.utils.counters["graph_break"]
     assert torch.equal(compiled, eager)

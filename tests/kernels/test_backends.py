@@ -213,8 +213,9 @@ OURS, PACK, BAGS = "wq's kernel, compiled here", "PyTorch's 4-bit kernel", "PyTo
     [
         (4, 4096, 32, torch.bfloat16, "", ("native", OURS)),
         (3, 4096, 1, torch.float32, "", ("native", OURS)),
-        (8, 4096, 32, torch.float16, "native", ("bags", BAGS)),
-        (4, 4096, 32, torch.bfloat16, "native", ("int4pack", PACK)),
+        (8, 4096, 32, torch.float16, "native", ("bags", f"{BAGS} (native is absent)")),
+        (4, 4096, 32, torch.bfloat16, "native", ("int4pack", f"{PACK} (native is absent)")),
+        (4, 4096, 32, torch.bfloat16, "native int4pack", ("bags", f"{BAGS} (native is absent)")),
         (4, 4096, 1, torch.bfloat16, "native", ("int4pack", PACK)),
         (4, 4096, 32, torch.float32, "native", ("bags", BAGS)),
         (2, 4096, 32, torch.float16, "native", ("bags", BAGS)),

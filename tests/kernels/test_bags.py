@@ -132,7 +132,7 @@ import torch
 from types import SimpleNamespace
 torch.ops.quantized = SimpleNamespace()
 from wq_kernels import bags
-print(bags.unusable())
+print(bags.unusable(2))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=os.environ)
     assert "has no embedding bags of 2 bits" in done.stdout, done.stderr

@@ -224,14 +224,21 @@ def test_it_compiles_into_a_graph(bits: int, rows: int) -> None:
     torch.library.opcheck(native.op(bits), (x, packed, grid))
 
 
-@pytest.mark.parametrize("capability", ["avx2", "default", "off"])
+def test_another_copy_of_the_package_finds_the_op_as_it_is() -> None:
+    native._loaded.cache_clear()
+    assert native.op(4) is native.op(4)
+
+
+@pytest.mark.parametrize("capability", ["no bfloat16", "avx2", "default", "off"])
 def test_older_processors(tmp_path: Path, capability: str) -> None:
-    """Vectors of eight, for one; what torch has none for is left to torch."""
+    """No products in bfloat16, or vectors of eight; what torch has none for is left to torch."""
     code = f"""
 import sys
 sys.path[:0] = {[str(Path(native.__file__).parent.parent), str(Path(__file__).parent)]!r}
 import torch
-from wq_kernels import native, reference
+from wq_kernels import compiler, native, reference
+if {capability == "no bfloat16"}:
+    compiler._BFLOAT16.clear()
 print(native.unusable())
 if not native.unusable():
     for bits in {BITS}:
@@ -247,8 +254,14 @@ if not native.unusable():
             for rows in (1, 2, 3, 7):
                 assert torch.equal(native.multiply(x[:rows], ours, grid, bits), y[:rows]), (bits, dtype, rows)
 """
-    environment = os.environ | ({"WQ_NATIVE": "0"} if capability == "off" else {"ATEN_CPU_CAPABILITY": capability})
+    lowered = {"no bfloat16": {}, "off": {"WQ_NATIVE": "0"}}.get(capability, {"ATEN_CPU_CAPABILITY": capability})
+    environment = os.environ | lowered
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=environment)
     assert done.returncode == 0, done.stderr
-    expected = {"avx2": "", "default": "nothing is compiled for this processor", "off": "WQ_NATIVE is 0"}
+    expected = {
+        "no bfloat16": "",
+        "avx2": "",
+        "default": "nothing is compiled for this processor",
+        "off": "WQ_NATIVE is 0",
+    }
     assert done.stdout.strip() == expected[capability]

@@ -16,8 +16,8 @@ def compile_config(*, final: bool = False) -> CompileConfig:
     torch.compile needs: on a CPU, a C++ compiler.
 
     final: the caller's word that the model's modules stay as they are from now on: no adapter, no other dtype, no other
-    layout. What is compiled is then not checked against them before each token, a millisecond for a few hundred layers.
-    Whoever breaks that word gets the old model's answers.
+    layout. On a CPU, what is compiled is then not checked against them before each token, which takes a millisecond for
+    a few hundred layers. Whoever breaks that word gets the old model's answers.
     """
     config = CompileConfig()
     vars(config)["_compile_all_devices"] = True  # transformers has no public name for it

@@ -63,20 +63,20 @@ def describe(rows: int) -> str:
 @cache
 def unusable(bits: int = 4) -> str:
     """Why PyTorch's embedding bags do not serve here; empty when they do. Computes small products, once."""
+    name = _NAMES[bits]
+    parts = (f"embedding_bag_{name}_rowwise_offsets", f"embedding_bag_{name}_unpack")
+    if not all(hasattr(torch.ops.quantized, part) for part in parts):
+        return f"torch {torch.__version__} has no embedding bags of {bits} bits"
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(FEW + 1, 64, generator=generator)
-    for bits, name in _NAMES.items():
-        parts = (f"embedding_bag_{name}_rowwise_offsets", f"embedding_bag_{name}_unpack")
-        if not all(hasattr(torch.ops.quantized, part) for part in parts):
-            return f"torch {torch.__version__} has no embedding bags of {bits} bits"
-        codes = torch.randint(0, 1 << bits, (32, 64), generator=generator, dtype=torch.uint8)
-        ours = from_stream(stream.pack(codes, bits), bits, 64)
-        grid = torch.full((1, 2, 32), 0.5)
-        expected = x.double() @ (codes.double() - (1 << (bits - 1))).t() / 2
-        for rows in (1, FEW + 1):
-            y = multiply(x[:rows], ours, grid, bits)
-            if (y.double() - expected[:rows]).norm() > 1e-5 * expected[:rows].norm():
-                return f"the embedding bags of torch {torch.__version__} compute something else on this processor"
+    codes = torch.randint(0, 1 << bits, (32, 64), generator=generator, dtype=torch.uint8)
+    ours = from_stream(stream.pack(codes, bits), bits, 64)
+    grid = torch.full((1, 2, 32), 0.5)
+    expected = x.double() @ (codes.double() - (1 << (bits - 1))).t() / 2
+    for rows in (1, FEW + 1):
+        y = multiply(x[:rows], ours, grid, bits)
+        if (y.double() - expected[:rows]).norm() > 1e-5 * expected[:rows].norm():
+            return f"the embedding bags of torch {torch.__version__} compute something else on this processor"
     return ""
 
 

@@ -120,7 +120,7 @@ def _compile(command: list[str], namespace: str) -> Path:
     _log.info("compiling %s, once: %s", namespace, " ".join(command))
     tool = Path(command[0]).name
     try:
-        _folder().mkdir(parents=True, exist_ok=True)
+        _folder().mkdir(mode=0o700, parents=True, exist_ok=True)  # what lies there is run
         with tempfile.TemporaryDirectory(dir=_folder()) as folder:
             made = Path(folder) / "made.so"
             command = [*command, f"-DWQ_NAMESPACE={namespace}", "-o", str(made)]

@@ -39,19 +39,22 @@ constexpr int LANES = 8;
 #else
 constexpr int LANES = 4;
 #endif
-constexpr int BLOCK = 16;              // rows of W whose words lie side by side
-constexpr int PARTS = BLOCK / LANES;   // vectors in a block
-constexpr int ROWS = 8;                // of x, at once
-constexpr int WIDE = LANES == 4 ? 1 : LANES == 8 ? 1 : 3;  // vectors of outputs at once, for many rows: they fill the registers
-constexpr int SEGMENT = 512;           // columns, at most
-constexpr int64_t PANEL = 96;          // steps of a panel, if segments are shorter: it fits in the first cache beside x
-constexpr int64_t CHUNK = 512;          // rows of x, at once, for many rows
-constexpr int64_t GRAIN = 1 << 17;     // products for which a thread is worth waking
-constexpr int DIMENSIONS = 8;          // of x, at most
+constexpr int BLOCK = 16;             // rows of W whose words lie side by side
+constexpr int PARTS = BLOCK / LANES;  // vectors in a block
+// For many rows, so many of x times so many vectors of outputs at once: sums, weights and one x fill the registers.
+constexpr int ROWS = LANES == 16 ? 8 : 4;
+constexpr int WIDE = 3;
+constexpr int SEGMENT = 512;        // columns, at most
+constexpr int64_t PANEL = 96;       // steps, if segments are shorter: it fits in the first cache beside x
+constexpr int64_t CHUNK = 512;      // rows of x that are worked on at once
+constexpr int64_t GRAIN = 1 << 17;  // products for which a thread is worth waking
+constexpr int DIMENSIONS = 8;       // of x, at most
 
 typedef float Floats __attribute__((vector_size(4 * LANES)));
 typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
 typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
+typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
+typedef uint8_t Bytes __attribute__((vector_size(LANES)));
 
 template <class T>
 inline T load(const void* from) {
@@ -67,6 +70,42 @@ inline T load(const void* from) {
   return (Floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
 #else
   return a * b + c;
+#endif
+}
+
+// --- x and y: float32, float16, or the bits of bfloat16 ---
+
+[[gnu::always_inline]] inline Floats widen(const float* x) { return load<Floats>(x); }
+
+[[gnu::always_inline]] inline Floats widen(const uint16_t* x) {
+  return (Floats)(__builtin_convertvector(load<Halves>(x), Words) << 16);
+}
+
+[[gnu::always_inline]] inline Floats widen(const _Float16* x) {
+#if defined(__AVX512F__)
+  return (Floats)_mm512_cvtph_ps((__m256i)load<Halves>(x));
+#else
+  Floats wide;
+  for (int i = 0; i < LANES; ++i) wide[i] = static_cast<float>(x[i]);
+  return wide;
+#endif
+}
+
+[[gnu::always_inline]] inline void narrow(Floats x, float* to) { std::memcpy(to, &x, sizeof x); }
+
+[[gnu::always_inline]] inline void narrow(Floats x, uint16_t* to) {  // to the nearest, of two to the even
+  const Words bits = (Words)x;
+  const Words nearest = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
+  const Halves half = __builtin_convertvector(x == x ? nearest : bits >> 16 | 64, Halves);
+  std::memcpy(to, &half, sizeof half);
+}
+
+[[gnu::always_inline]] inline void narrow(Floats x, _Float16* to) {
+#if defined(__AVX512F__)
+  const Halves half = (Halves)_mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  std::memcpy(to, &half, sizeof half);
+#else
+  for (int i = 0; i < LANES; ++i) to[i] = static_cast<_Float16>(x[i]);
 #endif
 }
 
@@ -168,16 +207,11 @@ struct Grid {
   const uint8_t* at(int64_t group, int64_t block) const { return bytes + (block * groups + group) * size; }
 
   Floats scale(const uint8_t* here, int part) const {
-    if (wide) return load<Floats>(here + 4 * LANES * part);
-    typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
-    const Words bits = __builtin_convertvector(load<Halves>(here + 2 * LANES * part), Words) << 16;
-    return (Floats)bits;
+    return wide ? load<Floats>(here + 4 * LANES * part) : widen(reinterpret_cast<const uint16_t*>(here) + LANES * part);
   }
 
   template <int BITS>
   Floats below(const uint8_t* here, int part) const {  // how far the zero point is below the midpoint
-    typedef uint8_t Bytes __attribute__((vector_size(LANES)));
-    typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
     const Halves half = __builtin_convertvector(load<Bytes>(here + (wide ? 64 : 32) + LANES * part), Halves);
     return __builtin_convertvector(Unit<BITS>::midpoint - (Ints)__builtin_convertvector(half, Words), Floats);
   }
@@ -206,7 +240,8 @@ template <int BITS>
 
 // Adds it for M rows. sums: of the segment of x, for each row.
 template <int M>
-[[gnu::always_inline]] inline void finish(const Affine& by, bool zeros, const Floats* part, const float* sums, Floats* sum) {
+[[gnu::always_inline]] inline void finish(const Affine& by, bool zeros, const Floats* part, const float* sums,
+                                          Floats* sum) {
   if (zeros) {
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m)
@@ -248,7 +283,7 @@ void few(const Problem& p, const Rows<typename How::Element, M>& x, const float*
 #pragma GCC unroll 3
         for (int w = 0; w < U::words; ++w) {
           words[n][w] = load<Words>(from[n] + w * BLOCK);
-          __builtin_prefetch(from[n] + (next + w) * BLOCK);  // short runs are over before the processor sees them coming
+          __builtin_prefetch(from[n] + (next + w) * BLOCK);  // runs are too short for the processor to see the next
         }
         from[n] += U::words * BLOCK;
       }
@@ -324,51 +359,15 @@ void many(const Problem& p, const typename How::Element* x, int64_t rows, const 
         }
 #pragma GCC unroll 4
         for (int n = 0; n < N; ++n)
-          finish<ROWS>(by[(segment - first) * N + n], p.grid.zeros, part[n], sums + (block * p.segments + segment) * ROWS,
-                       sum + (block * N + n) * ROWS);
+          finish<ROWS>(by[(segment - first) * N + n], p.grid.zeros, part[n],
+                       sums + (block * p.segments + segment) * ROWS, sum + (block * N + n) * ROWS);
         asm volatile("" ::: "memory");  // or GCC keeps a second copy of the sums, on the stack
       }
     }
   }
 }
 
-// --- x and y ---
-
-typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
-
-[[gnu::always_inline]] inline Floats widen(const float* x) { return load<Floats>(x); }
-
-[[gnu::always_inline]] inline Floats widen(const uint16_t* x) {
-  return (Floats)(__builtin_convertvector(load<Halves>(x), Words) << 16);
-}
-
-[[gnu::always_inline]] inline Floats widen(const _Float16* x) {
-#if defined(__AVX512F__)
-  return (Floats)_mm512_cvtph_ps((__m256i)load<Halves>(x));
-#else
-  Floats wide;
-  for (int i = 0; i < LANES; ++i) wide[i] = static_cast<float>(x[i]);
-  return wide;
-#endif
-}
-
-[[gnu::always_inline]] inline void narrow(Floats x, float* to) { std::memcpy(to, &x, sizeof x); }
-
-[[gnu::always_inline]] inline void narrow(Floats x, uint16_t* to) {  // to the nearest, of two to the even
-  const Words bits = (Words)x;
-  const Words nearest = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
-  const Halves half = __builtin_convertvector(x == x ? nearest : bits >> 16 | 64, Halves);
-  std::memcpy(to, &half, sizeof half);
-}
-
-[[gnu::always_inline]] inline void narrow(Floats x, _Float16* to) {
-#if defined(__AVX512F__)
-  const Halves half = (Halves)_mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  std::memcpy(to, &half, sizeof half);
-#else
-  for (int i = 0; i < LANES; ++i) to[i] = static_cast<_Float16>(x[i]);
-#endif
-}
+// --- calls ---
 
 // The sums of the segments of M rows: [segments, M].
 template <class T, int M>
@@ -458,10 +457,10 @@ void multiply_many(const Problem& p, const typename How::Element* x, int64_t row
   torch::stable::parallel_for(0, strips, 1, [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) {
       const int64_t vector = i * WIDE;
-      switch (std::min<int64_t>(WIDE, vectors - vector)) {
+      switch (vectors - vector) {
         case 1: strip<How, BITS, 1>(p, x, rows, sums, vector, y); break;
-        case 2: if constexpr (WIDE >= 2) strip<How, BITS, 2>(p, x, rows, sums, vector, y); break;
-        default: if constexpr (WIDE >= 3) strip<How, BITS, 3>(p, x, rows, sums, vector, y);
+        case 2: strip<How, BITS, 2>(p, x, rows, sums, vector, y); break;
+        default: strip<How, BITS, WIDE>(p, x, rows, sums, vector, y);
       }
     }
   });
@@ -472,7 +471,7 @@ void multiply(const Problem& p, const typename How::Element* x, int64_t rows, T*
   if (rows == 1) multiply_few<How, BITS, 1>(p, x, rows, y);
   else if (rows == 2) multiply_few<How, BITS, 2>(p, x, rows, y);
   else if (rows <= 4) multiply_few<How, BITS, 4>(p, x, rows, y);
-  else if (rows <= 8) multiply_few<How, BITS, 8>(p, x, rows, y);
+  else if (rows <= ROWS) multiply_few<How, BITS, ROWS>(p, x, rows, y);
   else multiply_many<How, BITS>(p, x, rows, y);
 }
 
@@ -540,9 +539,9 @@ Tensor linear(const Tensor& given, const Tensor& packed, const Tensor& grid) {
   int64_t stride = 1;
   for (int64_t i = x.dim() - 1; i >= 0; --i) strides[i] = stride, stride *= shape[i];
   AtenTensorHandle made;  // torch::stable::new_empty looks its op up by name, which takes longer than the rest
-  int32_t kind;
+  int32_t kind, cpu = aoti_torch_device_type_cpu();
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &kind));
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(x.dim(), shape, strides, kind, aoti_torch_device_type_cpu(), 0, &made));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(x.dim(), shape, strides, kind, cpu, 0, &made));
   const Tensor y(made);
   if (type == ScalarType::Float) multiply_chunks<float>(p, x, rows, y);
   else if (type == ScalarType::Half) multiply_chunks<_Float16>(p, x, rows, y);

@@ -37,7 +37,7 @@ __all__ = [
 ]
 
 WHAT = "wq's kernel, compiled here"
-_MANY = 9  # rows, from which weights go through a panel
+_MANY = 9  # rows, for which weights go through a panel on every processor
 _SOURCE = Path(__file__).with_name("native.cpp")
 _BLOCK = 16  # rows of W side by side
 _UNIT = 32  # columns: whole words at any width
@@ -65,7 +65,7 @@ def fits(bits: int, out_features: int, in_features: int, groups: int) -> bool:
 
 def describe(rows: int) -> str:
     """What multiplies so many rows, in a few words."""
-    return "fused, in registers" if rows < _MANY else "fused, through the cache"
+    return "fused"
 
 
 @cache

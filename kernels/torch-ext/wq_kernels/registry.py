@@ -89,22 +89,25 @@ def reason(
 def _reason_on_cpu(
     bits: int, out_features: int, in_features: int, groups: int, dtype: torch.dtype | None
 ) -> tuple[str, str]:
-    """The first layout for CPUs whose module takes such a weight; else why the first that might have does not."""
-    why = []
+    """The first layout for CPUs whose module takes such a weight, and what would be faster but for the machine.
+
+    If none takes it, why not: of the module that came nearest, the first.
+    """
+    refused: list[tuple[int, str]] = []  # by how many questions a module had passed
     for name in CPU_LAYOUTS:
         module = cpu_module(name)
         if not module.supports(bits):
-            why.append((0, f"no fused kernel for {bits} bits runs on cpu"))
+            refused.append((0, f"no fused kernel for {bits} bits runs on cpu"))
         elif not module.computes_in(dtype):
-            why.append((1, f"no fused kernel{'' if dtype is None else f' for {dtype}'} runs on cpu"))
+            refused.append((1, f"no fused kernel{'' if dtype is None else f' for {dtype}'} runs on cpu"))
         elif not module.fits(bits, out_features, in_features, groups):
-            why.append((2, f"{out_features} rows in {groups} groups do not fill whole blocks"))
+            refused.append((2, f"{out_features} rows in {groups} groups do not fill whole blocks"))
+        elif problem := module.unusable(bits):
+            refused.append((3, problem))
         else:
-            reason = module.unusable(bits)
-            if not reason:
-                return name, module.WHAT
-            why.append((3, reason))
-    return STREAM, max(why, key=lambda one: one[0])[1]
+            better = [problem for passed, problem in refused if passed == 3]
+            return name, f"{module.WHAT} ({better[0]})" if better else module.WHAT
+    return STREAM, max(refused, key=lambda one: one[0])[1]
 
 
 def reason_for_shape(bits: int, in_features: int, groups: int) -> str:
