@@ -134,9 +134,11 @@ class Worker:
         before = _forget_peak()
         started = time.process_time()
         arguments = [] if door == "verify" else [self.states[case.base]]
-        kind, said = doors.DOORS[door](self.place, *arguments)
+        peaks: list[int] = []
+        kind, said = doors.DOORS[door](self.place, *arguments, on_open=lambda: peaks.append(_status("VmHWM")))
         seconds = time.process_time() - started
-        return Answer(door, kind, said[:500], seconds, max(0, _status("VmHWM") - before))
+        peak = peaks[0] if peaks else _status("VmHWM")
+        return Answer(door, kind, said[:500], seconds, max(0, peak - before))
 
 
 def _forget_peak() -> int:
