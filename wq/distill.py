@@ -3,8 +3,11 @@
 Solvers see one layer at a time, and the errors they leave add up in ways that no layer can see. Here the packed model
 learns to predict what the dense model predicts, KL(dense ‖ quantized) over the whole vocabulary, on calibration text.
 What learns stays within the checkpoint's format: group scales and the model's own vectors (norms, biases), and, where
-bits are few, the codes themselves, by a straight-through estimate (as EfficientQAT, arXiv 2407.11062, does in blocks).
+that pays, the codes themselves, by a straight-through estimate (as EfficientQAT, arXiv 2407.11062, does in blocks).
 Windows held out decide whether the result is kept; if it is no better there, the checkpoint stays as it was.
+
+A step lays out each weight once, runs some windows through it, and hands the gradient of the weight on to the scales
+and codes that it is made of. Products run in bfloat16 where the processor has it; what learns is float32.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +34,8 @@ from wq.solvers import Solution
 from wq.structure.linears import is_linear, matrix
 
 HELD_OUT = 8  # one window in so many decides, and is not learned from
-_NOTE = "taught"
+_NOTE, _COURSE = "taught", "teaching"
+_NOTE_EVERY = 300.0  # seconds
 _INSIDE = 0.4  # of a step: how far from its code a weight may lie when codes begin to learn
 
 StepCallback = Callable[[int, int, float], None]
@@ -84,10 +89,10 @@ def distill(
     pupil = Pupil(path, teacher, torch.device(device), bool(rates.codes))
     heldout = torch.arange(len(tokens)) % HELD_OUT == HELD_OUT - 1
     learn, decide = tokens[~heldout], tokens[heldout]
-    before = mean_kl(teacher, pupil.model, decide)
-    steps = _learn(teacher, pupil, learn, rates, on_step)
+    before = pupil.kl(teacher, decide)
+    steps = _learn(teacher, pupil, learn, rates, journal, on_step)
     pupil.settle()
-    after = mean_kl(teacher, pupil.model, decide)
+    after = pupil.kl(teacher, decide)
     made = {
         "windows": len(learn),
         "heldout_windows": len(decide),
@@ -103,24 +108,84 @@ def distill(
     taught = pupil.tensors() if after < before else {}
     if journal is not None:
         journal.write(_NOTE, made, taught)
+        journal.drop(_COURSE)
     put(pupil.entries, taught)
     return made
 
 
-def _learn(teacher: nn.Module, pupil: Pupil, windows: Tensor, rates: Rates, on_step: StepCallback | None) -> int:
-    """All steps of the optimizer; their number."""
+def _learn(
+    teacher: nn.Module,
+    pupil: Pupil,
+    windows: Tensor,
+    rates: Rates,
+    journal: Journal | None,
+    on_step: StepCallback | None,
+) -> int:
+    """All steps of the optimizer, from where a run before may have come to; their number."""
     steps = list(_batches(len(windows), rates))
-    optimizer = pupil.optimizer(rates)
-    peaks = [group["lr"] for group in optimizer.param_groups]
-    for step, rows in enumerate(steps):
-        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-            group["lr"] = peak * _schedule(step, len(steps))
-        loss = _accumulate(teacher, pupil.model, windows[rows])
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+    course = _Course(pupil.optimizer(rates), journal)
+    for step, rows in list(enumerate(steps))[course.resume() :]:
+        course.set_rates(_schedule(step, len(steps)))
+        with pupil.laid(_learning_dtype(teacher)):
+            loss = _accumulate(teacher, pupil.model, windows[rows])
+        pupil.gather()
+        course.step()
         if on_step is not None:
             on_step(step + 1, len(steps), loss)
+        course.note(step + 1)
     return len(steps)
+
+
+class _Course:
+    """The optimizer, and notes of where it is every few minutes, if there is a journal and a disk to hold them."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, journal: Journal | None):
+        self.optimizer, self.journal = optimizer, journal
+        self.peaks = [group["lr"] for group in optimizer.param_groups]
+        self.parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        self.noted = time.monotonic()
+
+    def set_rates(self, share: float) -> None:
+        for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
+            group["lr"] = peak * share
+
+    def step(self) -> None:
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def note(self, done: int) -> None:
+        """Note where learning is, if that is due."""
+        if self.journal is None or time.monotonic() - self.noted < _NOTE_EVERY:
+            return
+        tensors = {f"{number}.value": parameter.detach().cpu() for number, parameter in enumerate(self.parameters)}
+        for number, parameter in enumerate(self.parameters):
+            tensors |= {f"{number}.{name}": value.cpu() for name, value in self.optimizer.state[parameter].items()}
+        if self.journal.has_room(sum(tensor.nbytes for tensor in tensors.values())):
+            self.journal.write(_COURSE, {"done": done}, tensors)
+        self.noted = time.monotonic()
+
+    def resume(self) -> int:
+        """Take up what was noted; how many steps are done."""
+        note = None if self.journal is None else self.journal.read(_COURSE)
+        if note is None:
+            return 0
+        for name, tensor in note.tensors.items():
+            number, _, what = name.partition(".")
+            parameter = self.parameters[int(number)]
+            if what == "value":
+                parameter.data.copy_(tensor)
+            else:
+                place = "cpu" if what == "step" else parameter.device  # where Adam keeps it
+                self.optimizer.state[parameter][what] = tensor.to(place)
+        return int(note.value["done"])
+
+
+def _learning_dtype(teacher: nn.Module) -> torch.dtype:
+    """Of products while learning: the model's own on a GPU; bfloat16 on processors that multiply it."""
+    weight = next(teacher.parameters())
+    if weight.device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16", False):
+        return torch.bfloat16
+    return weight.dtype
 
 
 def put(entries: Mapping[str, Entry], tensors: Mapping[str, Tensor]) -> None:
@@ -183,6 +248,7 @@ class Pupil:
     """A quantized checkpoint as a model that can learn, and be written back."""
 
     def __init__(self, folder: Path, teacher: nn.Module, device: torch.device, codes: bool):
+        self.device = device
         self.model = _load(folder, device, True)
         self.model.requires_grad_(False)
         self.entries = read_headers(folder)
@@ -200,28 +266,45 @@ class Pupil:
                 learner.free(matrix(teacher.get_submodule(name)))
             self.stored[name] = stored
             self.model.set_submodule(name, learner)
-        learners = {id(p) for learner in self.layers.values() for p in learner.parameters()}
         self.vectors = {
             name: parameter
             for name, parameter in self.model.named_parameters()
-            if parameter.dim() == 1 and name in dense and id(parameter) not in learners
+            if parameter.dim() == 1 and name in dense
         }
-        for vector in self.vectors.values():
+        for vector in self.vectors.values():  # float32, or small steps are lost
+            vector.data = vector.data.float()
             vector.requires_grad_(True)
         if not self.layers:
             raise ModelError(f"{folder}: no packed layer is found in the model under its own name; nothing can learn.")
 
     def optimizer(self, rates: Rates) -> torch.optim.Optimizer:
         """Adam over all that learns; a vector's rate is relative to its magnitude."""
-        groups: list[dict[str, Any]] = [
-            {"params": [learner.change for learner in self.layers.values()], "lr": rates.scales}
-        ]
-        latent = [learner.latent for learner in self.layers.values() if learner.latent.requires_grad]
+        layers = self.layers.values()
+        groups: list[dict[str, Any]] = [{"params": [layer.change for layer in layers], "lr": rates.scales}]
+        latent = [layer.latent for layer in layers if layer.free_codes]
         if latent:
             groups.append({"params": latent, "lr": rates.codes})
         for vector in self.vectors.values():
             groups.append({"params": [vector], "lr": rates.vectors * float(vector.detach().abs().mean())})
         return torch.optim.Adam(groups, lr=rates.scales, betas=(0.9, 0.95))
+
+    @contextmanager
+    def laid(self, dtype: torch.dtype) -> Iterator[None]:
+        """With weights of a dtype to compute with, and in it."""
+        for learner in self.layers.values():
+            learner.lay(dtype)
+        with torch.autocast(self.device.type, dtype, enabled=dtype is not torch.float32):
+            yield
+
+    def gather(self) -> None:
+        """Have the gradients of all that learns."""
+        for learner in self.layers.values():
+            learner.gather()
+
+    def kl(self, teacher: nn.Module, windows: Tensor) -> float:
+        """Mean KL(teacher ‖ pupil), with weights as they are loaded."""
+        with self.laid(next(teacher.parameters()).dtype):
+            return mean_kl(teacher, self.model, windows)
 
     @torch.no_grad()
     def settle(self) -> None:
@@ -243,7 +326,11 @@ class Pupil:
 
 
 class Grid(nn.Module):
-    """A linear layer on an integer grid whose scales learn, and perhaps its codes."""
+    """A linear layer on an integer grid whose scales learn, and perhaps its codes.
+
+    `lay` makes the weight that it computes with; after a backward pass, `gather` has the gradients of what it is made
+    of. So a step of many windows goes through the grid once.
+    """
 
     def __init__(self, dense: nn.Module, solution: Solution, stored: Stored):
         super().__init__()
@@ -253,8 +340,10 @@ class Grid(nn.Module):
         self.bias: Tensor | None = getattr(dense, "bias", None)
         self.scale = solution.scale.float().to(device)
         self.zero = solution.zero.float().to(device)
-        self.change = nn.Parameter(torch.zeros_like(self.scale))
+        self.change = nn.Parameter(torch.zeros_like(self.scale), requires_grad=False)
         self.latent = nn.Parameter(solution.codes.to(device, torch.float32), requires_grad=False)
+        self.free_codes = False
+        self.weight: Tensor | None = None
 
     def free(self, weight: Tensor) -> None:
         """Let codes learn, from where the dense weight `[out, in]` lies, or as near as leaves them as they are."""
@@ -262,29 +351,45 @@ class Grid(nn.Module):
         place = grid.grouped(weight.float(), groups) / self.scale.unsqueeze(-1) + self.zero.unsqueeze(-1)
         codes = self.latent.data
         self.latent.data = place.reshape(codes.shape).clamp(codes - _INSIDE, codes + _INSIDE)
-        self.latent.requires_grad_(True)
+        self.free_codes = True
 
     def scales(self) -> Tensor:
-        """The scales, `[out, groups]`, as the checkpoint will hold them; gradients pass through the rounding."""
-        exact = self.scale * (1 + self.change)
-        return exact + (grid.stored(exact.detach(), self.scheme) - exact).detach()
+        """The scales, `[out, groups]`, as the checkpoint will hold them."""
+        return grid.stored(self.scale * (1 + self.change.detach()), self.scheme)
 
     def codes(self) -> Tensor:
-        """The codes, float `[out, in]`; gradients pass through the rounding."""
-        if not self.latent.requires_grad:
-            return self.latent
-        inside = self.latent.clamp(0, self.scheme.levels - 1)
-        return inside + (inside.round() - inside).detach()
+        """The codes, float `[out, in]`."""
+        return self.latent.detach().round().clamp_(0, self.scheme.levels - 1)
+
+    def levels(self) -> Tensor:
+        """What scales are multiplied by, `[out, groups, size]`."""
+        return grid.grouped(self.codes(), self.scale.shape[1]) - self.zero.unsqueeze(-1)
+
+    @torch.no_grad()
+    def lay(self, dtype: torch.dtype) -> None:
+        """Make the weight, in which gradients gather."""
+        weight = (self.levels() * self.scales().unsqueeze(-1)).reshape(self.latent.shape)
+        self.weight = weight.to(dtype).requires_grad_(True)
+
+    @torch.no_grad()
+    def gather(self) -> None:
+        """Turn the gradient of the weight into those of what learns, as if nothing were rounded."""
+        assert self.weight is not None
+        assert self.weight.grad is not None
+        slope = grid.grouped(self.weight.grad.float(), self.scale.shape[1])
+        self.change.grad = (slope * self.levels()).sum(-1) * self.scale
+        if self.free_codes:
+            self.latent.grad = (slope * self.scales().unsqueeze(-1)).reshape(self.latent.shape)
+        self.weight = None
 
     def forward(self, x: Tensor) -> Tensor:
-        scale = self.scales()
-        levels = grid.grouped(self.codes(), scale.shape[1]) - self.zero.unsqueeze(-1)
-        weight = (levels * scale.unsqueeze(-1)).reshape(self.latent.shape)
-        return functional.linear(x, weight.to(x.dtype), self.bias)
+        assert self.weight is not None
+        bias = self.bias if self.bias is None else self.bias.to(self.weight.dtype)
+        return functional.linear(x.to(self.weight.dtype), self.weight, bias)
 
     def settle(self) -> None:
         """Take what was learned for what is stored."""
-        self.scale, self.latent.data = self.scales().detach(), self.codes().detach().round()
+        self.scale, self.latent.data = self.scales(), self.codes()
         self.change.data.zero_()
 
     def solution(self) -> Solution:

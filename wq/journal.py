@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -57,7 +58,11 @@ class Journal:
             raise OutputError(f"{file} is damaged, so nothing can go on from it. Begin again with --restart.")
         return Note(json.loads(text), tensors)
 
-    def drop(self, pattern: str, but: str) -> None:
+    def has_room(self, needed: int) -> bool:
+        """Whether the disk holds a note of so many bytes besides the one it takes the place of, and as much again."""
+        return shutil.disk_usage(self._folder).free > 2 * needed
+
+    def drop(self, pattern: str, but: str = "") -> None:
         """Remove the notes whose names match a glob, `but` one."""
         for file in self._folder.glob(f"{pattern}.safetensors"):
             if file.stem != but:

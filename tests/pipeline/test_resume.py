@@ -105,6 +105,27 @@ def test_a_run_goes_on_behind_its_distillation(
     assert files(tmp_path / "one") == files(tmp_path / "two")
 
 
+def test_a_run_goes_on_in_the_middle_of_its_distillation(
+    tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {**OPTIONS, "samples": 64, "bits": 3, "preset": "best"}
+    monkeypatch.setattr(distill, "_NOTE_EVERY", -1.0)
+    quantize(tiny_model(), tmp_path / "one", **options)
+    steps: list[int] = []
+
+    def killed(step: int, total: int, kl: float) -> None:
+        steps.append(step)
+        if step == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantize(tiny_model(), tmp_path / "two", on_step=killed, **options)
+    quantize(tiny_model(), tmp_path / "two", on_step=lambda step, total, kl: steps.append(step), **options)
+    assert steps[:5] == [1, 2, 3, 3, 4]  # the third was done, and had not been noted
+    assert files(tmp_path / "one") == files(tmp_path / "two")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "two"]
+
+
 def one_weight(folder: Path) -> None:
     tensors = load_file(folder / "model.safetensors")
     tensors["model.norm.weight"][0] += 1
