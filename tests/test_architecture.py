@@ -34,6 +34,7 @@ RANKS = {
             ("checkpoint", "staging"),
             ("journal",),
             ("report", "structure", "quantized", "manifest", "loaders"),
+            ("learner",),
             ("pipeline", "hf"),
             ("evaluate", "speed", "tasks", "hub", "doctor", "tuning", "convert", "verify", "distill"),
             ("presets",),

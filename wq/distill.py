@@ -5,9 +5,6 @@ learns to predict what the dense model predicts, KL(dense ‖ quantized) over th
 What learns stays within the checkpoint's format: group scales and the model's own vectors (norms, biases), and, where
 that pays, the codes themselves, by a straight-through estimate (as EfficientQAT, arXiv 2407.11062, does in blocks).
 Windows held out decide whether the result is kept; if it is no better there, the checkpoint stays as it was.
-
-A step lays out each weight once, runs some windows through it, and hands the gradient of the weight on to the scales
-and codes that it is made of. Products run in bfloat16 where the processor has it; what learns is float32.
 """
 
 from __future__ import annotations
@@ -25,18 +22,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from wq import formats, grid, quantized
+from wq import formats, quantized
 from wq.checkpoint import Entry, overwrite, read_headers, read_tensor
 from wq.errors import CalibrationError, ModelError
 from wq.formats.stored import Stored
 from wq.journal import Journal
+from wq.learner import Learner, learning_dtype, schedule
 from wq.solvers import Solution
-from wq.structure.linears import is_linear, matrix
+from wq.structure.linears import is_linear
 
 HELD_OUT = 8  # one window in so many decides, and is not learned from
 _NOTE, _COURSE = "taught", "teaching"
 _NOTE_EVERY = 300.0  # seconds
-_INSIDE = 0.4  # of a step: how far from its code a weight may lie when codes begin to learn
 
 StepCallback = Callable[[int, int, float], None]
 
@@ -53,7 +50,7 @@ class Rates:
     vectors: float = 1e-3
     codes: float = 0.0
     epochs: int = 1
-    batch: int = 4
+    batch: int = 2
 
 
 @torch.enable_grad()
@@ -125,8 +122,8 @@ def _learn(
     steps = list(_batches(len(windows), rates))
     course = _Course(pupil.optimizer(rates), journal)
     for step, rows in list(enumerate(steps))[course.resume() :]:
-        course.set_rates(_schedule(step, len(steps)))
-        with pupil.laid(_learning_dtype(teacher)):
+        course.set_rates(schedule(step, len(steps)))
+        with pupil.laid(learning_dtype(next(teacher.parameters()))):
             loss = _accumulate(teacher, pupil.model, windows[rows])
         pupil.gather()
         course.step()
@@ -180,14 +177,6 @@ class _Course:
         return int(note.value["done"])
 
 
-def _learning_dtype(teacher: nn.Module) -> torch.dtype:
-    """Of products while learning: the model's own on a GPU; bfloat16 on processors that multiply it."""
-    weight = next(teacher.parameters())
-    if weight.device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16", False):
-        return torch.bfloat16
-    return weight.dtype
-
-
 def put(entries: Mapping[str, Entry], tensors: Mapping[str, Tensor]) -> None:
     """Put tensors in the place of those of the same name."""
     for name, tensor in tensors.items():
@@ -195,7 +184,8 @@ def put(entries: Mapping[str, Entry], tensors: Mapping[str, Tensor]) -> None:
 
 
 def required_bytes(folder: Path, rates: Rates) -> int:
-    """About what distilling takes: two models of 4-byte weights, and for codes that learn their gradients and moments.
+    """About what distilling takes: two models of 4-byte weights, those laid out for a step and their gradients, and for
+    codes that learn their own gradients and moments.
 
     An estimate from the headers, activations aside.
     """
@@ -203,7 +193,7 @@ def required_bytes(folder: Path, rates: Rates) -> int:
     config = quantized.read_config(folder)["quantization_config"]
     weights = sum(math.prod(quantized.describe(name, leaves, config).shape) for name, leaves in packed.items())
     rest = sum(math.prod(entry.shape) for entry in others.values())
-    return 4 * (2 * (weights + rest) + weights * (3 if rates.codes else 1))
+    return 4 * (2 * (weights + rest) + weights * (5 if rates.codes else 2))
 
 
 def _batches(windows: int, rates: Rates) -> Iterator[Tensor]:
@@ -211,12 +201,6 @@ def _batches(windows: int, rates: Rates) -> Iterator[Tensor]:
     for epoch in range(rates.epochs):
         order = torch.randperm(windows, generator=torch.Generator().manual_seed(epoch))
         yield from order.split(rates.batch)
-
-
-def _schedule(step: int, steps: int) -> float:
-    """A short rise, then half a cosine down to 0."""
-    rise = max(1, steps // 10)
-    return min(1.0, (step + 1) / rise) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
 def _accumulate(teacher: nn.Module, student: nn.Module, windows: Tensor) -> float:
@@ -254,16 +238,16 @@ class Pupil:
         self.entries = read_headers(folder)
         config = quantized.read_config(folder)["quantization_config"]
         packed, dense = quantized.split(self.entries)
-        self.layers: dict[str, Grid] = {}
+        self.layers: dict[str, Learner] = {}
         self.stored: dict[str, Stored] = {}
         for name, leaves in packed.items():
             module = _submodule(self.model, name)
             if module is None or not is_linear(module):  # of experts; they keep their weights
                 continue
             stored = quantized.describe(name, leaves, config)
-            self.layers[name] = learner = Grid(module, _solution(leaves, stored), stored)
+            self.layers[name] = learner = Learner(module, _solution(leaves, stored), stored.scheme)
             if codes:
-                learner.free(matrix(teacher.get_submodule(name)))
+                learner.free()
             self.stored[name] = stored
             self.model.set_submodule(name, learner)
         self.vectors = {
@@ -323,79 +307,6 @@ class Pupil:
             packed = formats.get(stored.format).pack(learner.solution(), stored.scheme)
             found |= {f"{name}.{leaf}": tensor for leaf, tensor in packed.items()}
         return found
-
-
-class Grid(nn.Module):
-    """A linear layer on an integer grid whose scales learn, and perhaps its codes.
-
-    `lay` makes the weight that it computes with; after a backward pass, `gather` has the gradients of what it is made
-    of. So a step of many windows goes through the grid once.
-    """
-
-    def __init__(self, dense: nn.Module, solution: Solution, stored: Stored):
-        super().__init__()
-        weight = matrix(dense)
-        device = weight.device
-        self.scheme = stored.scheme
-        self.bias: Tensor | None = getattr(dense, "bias", None)
-        self.scale = solution.scale.float().to(device)
-        self.zero = solution.zero.float().to(device)
-        self.change = nn.Parameter(torch.zeros_like(self.scale), requires_grad=False)
-        self.latent = nn.Parameter(solution.codes.to(device, torch.float32), requires_grad=False)
-        self.free_codes = False
-        self.weight: Tensor | None = None
-
-    def free(self, weight: Tensor) -> None:
-        """Let codes learn, from where the dense weight `[out, in]` lies, or as near as leaves them as they are."""
-        groups = self.scale.shape[1]
-        place = grid.grouped(weight.float(), groups) / self.scale.unsqueeze(-1) + self.zero.unsqueeze(-1)
-        codes = self.latent.data
-        self.latent.data = place.reshape(codes.shape).clamp(codes - _INSIDE, codes + _INSIDE)
-        self.free_codes = True
-
-    def scales(self) -> Tensor:
-        """The scales, `[out, groups]`, as the checkpoint will hold them."""
-        return grid.stored(self.scale * (1 + self.change.detach()), self.scheme)
-
-    def codes(self) -> Tensor:
-        """The codes, float `[out, in]`."""
-        return self.latent.detach().round().clamp_(0, self.scheme.levels - 1)
-
-    def levels(self) -> Tensor:
-        """What scales are multiplied by, `[out, groups, size]`."""
-        return grid.grouped(self.codes(), self.scale.shape[1]) - self.zero.unsqueeze(-1)
-
-    @torch.no_grad()
-    def lay(self, dtype: torch.dtype) -> None:
-        """Make the weight, in which gradients gather."""
-        weight = (self.levels() * self.scales().unsqueeze(-1)).reshape(self.latent.shape)
-        self.weight = weight.to(dtype).requires_grad_(True)
-
-    @torch.no_grad()
-    def gather(self) -> None:
-        """Turn the gradient of the weight into those of what learns, as if nothing were rounded."""
-        assert self.weight is not None
-        assert self.weight.grad is not None
-        slope = grid.grouped(self.weight.grad.float(), self.scale.shape[1])
-        self.change.grad = (slope * self.levels()).sum(-1) * self.scale
-        if self.free_codes:
-            self.latent.grad = (slope * self.scales().unsqueeze(-1)).reshape(self.latent.shape)
-        self.weight = None
-
-    def forward(self, x: Tensor) -> Tensor:
-        assert self.weight is not None
-        bias = self.bias if self.bias is None else self.bias.to(self.weight.dtype)
-        return functional.linear(x.to(self.weight.dtype), self.weight, bias)
-
-    def settle(self) -> None:
-        """Take what was learned for what is stored."""
-        self.scale, self.latent.data = self.scales(), self.codes()
-        self.change.data.zero_()
-
-    def solution(self) -> Solution:
-        """What a format packs."""
-        scale = self.scale.to(grid.scale_dtype(self.scheme)).cpu()
-        return Solution(self.latent.detach().to(torch.uint8).cpu(), scale, self.zero.to(torch.uint8).cpu(), {})
 
 
 def _solution(leaves: dict[str, Entry], stored: Stored) -> Solution:

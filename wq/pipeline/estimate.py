@@ -28,6 +28,7 @@ from wq.machine import rss_bytes
 from wq.pipeline import blocks as decoder
 from wq.pipeline import calibration, sampling, sensitivity
 from wq.pipeline.flow import batch_sizes, root_inputs
+from wq.pipeline.learning import Rates
 from wq.pipeline.plan import Block, Plan
 from wq.pipeline.shapes import Meter, Work, metered
 from wq.pipeline.source import Source, declare_dtype
@@ -48,7 +49,7 @@ class Job:
 
     solver, fmt, plan: as in `wq.pipeline.quantizer`. device: where blocks run; dtype: in what. samples, seqlen: of the
     calibration that the solver sees, or 0. without: steps that are left out. text: the calibration's, None if there is
-    none or it is given. widths: to choose from, if that is asked for.
+    none or it is given. widths: to choose from, if that is asked for. rates: of learning rounding block by block.
     """
 
     source: Source
@@ -62,6 +63,7 @@ class Job:
     without: frozenset[str] = frozenset()
     text: str | None = None
     widths: tuple[int, ...] = ()
+    rates: Rates | None = None
 
     @property
     def paired(self) -> bool:
@@ -358,6 +360,7 @@ class _Walk:
             generator=torch.Generator(),
             dense=None if dense is None or original is None else (original, partial(dense.run, original, index)),
             without=self.job.without,
+            rates=self.job.rates,
         )
         stages.run()
         if captured is not None:
@@ -380,6 +383,10 @@ class _Steps(Stages):
         records = super()._stage(members)
         self.done()
         return records
+
+    def _learn(self, records: list[dict[str, Any]]) -> None:
+        super()._learn(records)
+        self.done()
 
 
 class _Nowhere:

@@ -39,6 +39,7 @@ from wq.machine import default_device, keep_memory_tight, peak_rss_bytes, releas
 from wq.pipeline import calibration as calibration_text
 from wq.pipeline import estimate, mixing, sampling
 from wq.pipeline.flow import Flow, NotFiniteError, patiently, windows_at_once
+from wq.pipeline.learning import Rates
 from wq.pipeline.plan import Block, Plan, assigned, make_plan, mix
 from wq.pipeline.progress import Progress, Streams, check_same, digests
 from wq.pipeline.ranks import Ranks
@@ -82,6 +83,7 @@ def quantize(
     mix: Iterable[int] | None = None,
     without: Iterable[str] = (),
     reserve: int = 0,
+    rates: Rates | None = None,
     max_memory: int | str | None = None,
     ranks: Ranks | None = None,
     on_block: BlockCallback | None = None,
@@ -118,9 +120,15 @@ def quantize(
         with open_source(model, revision, trust_remote_code) as source:
             plan = make_plan(source, fmt, scheme, group_size is None, keep, dtype)
             room = None if goal is None else mixing.room(source, fmt, plan, goal)
-            job = _Job(source, solver, fmt, plan, torch.device(device or default_device()), seed, omitted, place, ranks)
+            where = torch.device(device or default_device())
+            job = _Job(source, solver, fmt, plan, where, seed, omitted, place, ranks, rates)
             asked = {"method": method, "format": format, "samples": samples, "seqlen": seqlen, "reserve": reserve}
-            same = {**asked, "goal": None if goal is None else goal.to_dict(), "processes": ranks.count}
+            same = {
+                **asked,
+                "rates": None if rates is None else vars(rates),
+                "goal": None if goal is None else goal.to_dict(),
+                "processes": ranks.count,
+            }
             data = calibration if solver.NEEDS_STATISTICS or room is not None else None
             if max_memory is not None:
                 sight = (0, 0) if data is None else (samples - reserve, seqlen)
@@ -222,6 +230,7 @@ class _Job:
     without: frozenset[str]
     place: Workplace
     ranks: Ranks
+    rates: Rates | None
     identity: dict[str, Any] = field(default_factory=dict)  # what tells it from other runs
     progress: Progress = field(default_factory=Progress)
     changed: set[str] = field(default_factory=set)  # dense parameters that folding altered
@@ -252,6 +261,7 @@ class _Job:
             without=self.without,
             text=text,
             widths=widths,
+            rates=self.rates if self.ranks.alone else None,
         )
 
     def keep_to(self, budget: int | str, known: estimate.Job) -> None:
@@ -515,6 +525,7 @@ class _Job:
             generator=torch.Generator(device=device).manual_seed(self.seed + self.progress.blocks),
             dense=None if dense is None or original is None else (original, partial(dense.run, original, index)),
             without=self.without,
+            rates=self.rates,
             changed=self.changed,
         )
         records = stages.run()

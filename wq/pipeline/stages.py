@@ -13,9 +13,11 @@ from torch import Tensor, nn
 
 from wq import grid
 from wq.checkpoint import ShardWriter
+from wq.learner import Learner
 from wq.pipeline import blocks as decoder
 from wq.pipeline import experts as mixture
 from wq.pipeline import folding
+from wq.pipeline.learning import Lesson, Rates, learn
 from wq.pipeline.plan import Block, Experts
 from wq.pipeline.ranks import Ranks
 from wq.pipeline.source import Source
@@ -42,6 +44,7 @@ class Stages:
     schemes: of layers and parameters of experts, by path; layers that read one input have the same one, and so have all
     experts. without: steps that are left out. ranks: the processes that have windows; first: the number of the first
     window here. changed: dense parameters that folding altered, by path. known: statistics that were collected ahead.
+    rates: of learning rounding together, behind the solver, where there is a dense block to learn from.
     outputs: what the block made of its input before it was quantized, if all its layers learn from that pass; then the
     next block learns from it, too. dense_outputs: what the dense block made of the dense model's, if it ran to the end.
     """
@@ -63,6 +66,8 @@ class Stages:
     known: dict[str, Statistics] = field(default_factory=dict)
     outputs: list[Tensor] = field(default_factory=list)
     dense_outputs: list[Tensor] = field(default_factory=list)
+    rates: Rates | None = None
+    solved: dict[str, Solution] = field(default_factory=dict)
     traced: decoder.Traced = field(default_factory=lambda: decoder.Traced([], {}, {}))
 
     def run(self) -> list[dict[str, Any]]:
@@ -84,7 +89,16 @@ class Stages:
                 records += self._stage({name: left.pop(name) for name in group})
         for name, reader in left.items():  # no data asked for, or a layer that calibration never reached
             records += self._without_data(name, reader)
+        if self.learns and self.solved:
+            self._learn(records)
+        for name, solution in self.solved.items():
+            self._write(self.block.layers[name].stored, solution, self._scheme(name))
         return records
+
+    @property
+    def learns(self) -> bool:
+        """Whether the layers learn together: one process, and a dense block whose whole output is known."""
+        return self.rates is not None and self.dense is not None and self.ranks.alone
 
     def _trace(self, readers: dict[str, nn.Module]) -> decoder.Traced:
         """How data flows, by the first batch; by the second, a larger one, if that does not reach all layers."""
@@ -197,13 +211,36 @@ class Stages:
         layer = self.block.layers[name]
         matrix(linear).copy_(restored)
         scheme = self.schemes[layer.path]
-        self._write(layer.stored, solution, scheme)
+        if self.learns:
+            self.solved[name] = solution  # written when the block has learned
+        else:
+            self._write(layer.stored, solution, scheme)
         known = {"layer": layer.path, "shape": list(layer.shape), "bits": scheme.bits, "tokens": tokens}
         return known | solution.stats
 
     def _write(self, stored: str, solution: Solution, scheme: Scheme) -> None:
         for leaf, tensor in self.fmt.pack(solution, scheme).items():
             self.writer.write(f"{stored}.{leaf}", tensor)
+
+    def _learn(self, records: list[dict[str, Any]]) -> None:
+        """Codes and scales of all layers that are solved, together; the records say what came of it."""
+        assert self.rates is not None
+        assert self.dense is not None
+        module, (_, run) = self.block.module, self.dense
+        wanted = self.dense_outputs or [run(batch) for batch in range(len(self.windows))]
+        learners = {
+            name: Learner(module.get_submodule(name), solution, self._scheme(name))
+            for name, solution in self.solved.items()
+        }
+        before, after = learn(module, learners, Lesson(self._forward, wanted, self.first), self.rates)
+        for name, learner in learners.items():
+            self.solved[name] = learner.solution()
+            matrix(module.get_submodule(name)).copy_(grid.dequantize(*self.solved[name][:3]))
+        self.dense_outputs = wanted
+        own = {self.block.layers[name].path for name in learners}
+        for record in records:
+            if record["layer"] in own:
+                record["learned"] = {"before": before, "after": after, "kept": after < before}
 
     # --- experts ---
 

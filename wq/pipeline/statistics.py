@@ -20,7 +20,7 @@ from wq.pipeline.ranks import Ranks
 from wq.solvers import Statistics
 from wq.structure.linears import matrix
 
-_HELD_OUT = 8  # one window in so many decides, and is not fitted to
+HELD_OUT = 8  # one window in so many decides, and is not fitted to
 
 Run = Callable[[int], Any]
 
@@ -116,7 +116,7 @@ def collect_pairs(
         drift = None if r is None or s is None else r - s
         parts = [[None] * count if t is None else _windows(t, count) for t in (q, x, drift)]
         for number, window in enumerate(zip(*parts, strict=True), seen):
-            sums[number % _HELD_OUT == _HELD_OUT - 1].add(*window)
+            sums[number % HELD_OUT == HELD_OUT - 1].add(*window)
         seen += count
     rows = len(matrix(quantized.reader)) if quantized.residual is not None else 0
     fitted, decisive = (total.over(ranks, dense is not None, rows).result() for total in sums)
