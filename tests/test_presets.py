@@ -47,6 +47,9 @@ def test_best_teaches_blocks_and_the_whole_model(bits: int, tiny_model: TinyMode
     if record["kept"]:
         assert record["heldout_kl"]["after"] < record["heldout_kl"]["before"]
     assert all(("learned" in layer) == (bits == 2) for layer in made["layers"])
+    assert (made["learning"] is not None) == (bits == 2)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert ("of 14 layers learned with their block" in card) == (bits == 2)
 
 
 def test_best_without_the_memory_for_it_is_balanced_and_says_so(

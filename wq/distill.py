@@ -27,7 +27,7 @@ from wq.checkpoint import Entry, overwrite, read_headers, read_tensor
 from wq.errors import CalibrationError, ModelError
 from wq.formats.stored import Stored
 from wq.journal import Journal
-from wq.learner import Learner, learning_dtype, schedule
+from wq.learner import Learner, computing, learning_dtype, schedule
 from wq.solvers import Solution
 from wq.structure.linears import is_linear
 
@@ -277,7 +277,7 @@ class Pupil:
         """With weights of a dtype to compute with, and in it."""
         for learner in self.layers.values():
             learner.lay(dtype)
-        with torch.autocast(self.device.type, dtype, enabled=dtype is not torch.float32):
+        with computing(self.device, dtype):
             yield
 
     def gather(self) -> None:

@@ -8,6 +8,7 @@ many are next to another code, and change with the noise of a few windows.
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +31,13 @@ def learning_dtype(weight: Tensor) -> torch.dtype:
     if weight.device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16", False):
         return torch.bfloat16
     return weight.dtype
+
+
+def computing(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[None]:
+    """What products of a dtype take place in: nothing else for float32, and for shapes alone."""
+    if dtype is torch.float32 or device.type == "meta":
+        return nullcontext()
+    return torch.autocast(device.type, dtype)
 
 
 class Learner(nn.Module):

@@ -167,12 +167,17 @@ def _header(report: dict[str, Any]) -> str:
 
 
 def _method(report: dict[str, Any]) -> str:
-    """The algorithm, the preset, and what became of distillation."""
+    """The algorithm, the preset, and what became of learning."""
     words = [report["method"].upper()]
     if "preset" in report:
         words.append(f"preset {report['preset']}")
     if report.get("without"):
         words.append(f"without {', '.join(report['without'])}")
+    learning = report.get("learning")
+    if learning and "reason" in learning:
+        words.append(f"blocks have not learned: {learning['reason']}")
+    elif learning:
+        words.append(f"{learning['kept']} of {learning['layers']} layers learned with their block")
     taught = report.get("distillation")
     if taught and "reason" in taught:
         words.append(f"not distilled: {taught['reason']}")

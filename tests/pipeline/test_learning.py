@@ -146,3 +146,9 @@ def test_models_learn_block_by_block(architecture: str, tiny_model: TinyModel, t
     assert ours.keys() == theirs.keys()
     if any(one["kept"] for one in told):
         assert any(not torch.equal(ours[name], theirs[name]) for name in ours if "packed" in name or "scale" in name)
+
+
+def test_what_cannot_learn_says_so(tiny_model: TinyModel, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"group_size": 32, "samples": 8, "seqlen": 32, "calibration": "builtin", "rates": EAGER}
+    made = quantize(tiny_model(), tmp_path / "out", method="awq", **options)
+    assert made["learning"] == {"reason": "the method has no dense model beside it"}

@@ -84,7 +84,7 @@ def test_what_took_long_before_the_first_block_is_not_done_again(
 def test_a_run_goes_on_behind_its_distillation(
     tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = {**OPTIONS, "samples": 32, "bits": 3, "preset": "best"}
+    options = {**OPTIONS, "samples": 32, "bits": 2, "preset": "best"}
     made = quantize(tiny_model(), tmp_path / "one", **options)
     assert made["distillation"]["kept"]
     written = []
@@ -108,7 +108,7 @@ def test_a_run_goes_on_behind_its_distillation(
 def test_a_run_goes_on_in_the_middle_of_its_distillation(
     tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = {**OPTIONS, "samples": 64, "bits": 3, "preset": "best"}
+    options = {**OPTIONS, "samples": 32, "bits": 2, "preset": "best"}
     monkeypatch.setattr(distill, "_NOTE_EVERY", -1.0)
     quantize(tiny_model(), tmp_path / "one", **options)
     steps: list[int] = []

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from wq.learner import Learner, learning_dtype, schedule
+from wq.learner import Learner, computing, learning_dtype, schedule
 from wq.pipeline.statistics import HELD_OUT
 
 _WINDOWS = 8  # in a step
@@ -132,7 +132,7 @@ def _laid(layers: list[Learner], dtype: torch.dtype) -> Iterator[None]:
     """With weights of a dtype to compute with, and in it."""
     for layer in layers:
         layer.lay(dtype)
-    with torch.autocast(layers[0].latent.device.type, dtype, enabled=dtype is not torch.float32):
+    with computing(layers[0].latent.device, dtype):
         yield
 
 

@@ -582,6 +582,7 @@ def _report(
         "source_bytes": sum(entry.bytes for entry in source.entries.values()),
         "without": sorted(job.without),
         "fallbacks": fallbacks,
+        "learning": None if job.rates is None else _learning(layers, job.ranks),
         "layers": layers,
         "seconds": round(job.before + time.perf_counter() - started, 1),
         "peak_rss_bytes": peak_rss_bytes(),
@@ -590,6 +591,15 @@ def _report(
         "command": _command(),
         "versions": _versions() | {"python": platform.python_version()},
     }
+
+
+def _learning(layers: list[dict[str, Any]], ranks: Ranks) -> dict[str, Any]:
+    """How many layers learned with their block, and for how many that was kept; or why none did."""
+    learned = [layer["learned"] for layer in layers if "learned" in layer]
+    if not learned:
+        several = "several processes share the run" if not ranks.alone else "the method has no dense model beside it"
+        return {"reason": several}
+    return {"layers": len(learned), "kept": sum(one["kept"] for one in learned)}
 
 
 def _versions() -> dict[str, str]:
