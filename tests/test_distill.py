@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import tiny_models
 import torch
 from torch import Tensor
 
 from wq import load, quantize
 from wq.checkpoint import read_headers, read_tensor
-from wq.distill import Pupil, Rates, distill, mean_kl, put, required_bytes
+from wq.distill import Pupil, Rates, distill, mean_kl, put, required_by, required_bytes
 from wq.errors import CalibrationError, ModelError
 from wq.verify import verify
 
@@ -124,6 +127,39 @@ def test_memory_is_known_before(tiny_model: TinyModel, tmp_path: Path) -> None:
     folder = packed(tiny_model("llama"), tmp_path / "out")
     base, _ = load(tiny_model("llama"))
     parameters = sum(parameter.numel() for parameter in base.parameters())
-    quantized = json.loads((folder / "wq_report.json").read_text())["quantized_parameters"]
-    assert required_bytes(folder, Rates()) == pytest.approx(4 * (2 * parameters + 2 * quantized), rel=0.05)
-    assert required_bytes(folder, Rates(codes=1e-3)) == pytest.approx(4 * (2 * parameters + 5 * quantized), rel=0.05)
+    layers = json.loads((folder / "wq_report.json").read_text())["layers"]
+    quantized = sum(layer["shape"][0] * layer["shape"][1] for layer in layers)
+    for rates, copies in ((Rates(), 2), (Rates(codes=1e-3), 5)):
+        found = required_by(folder, 64, rates)
+        assert found["two models"] == 8 * parameters
+        assert found["weights of a step, gradients, moments"] == 4 * copies * quantized
+        assert found == required_bytes(
+            [layer["shape"] for layer in layers], parameters, base.config.vocab_size, 64, rates
+        )
+
+
+MEASURED = """
+import json, sys, torch
+from pathlib import Path
+from wq.distill import Rates, distill, required_by
+from wq.machine import keep_memory_tight, peak_rss_bytes, rss_bytes
+import wq.hf
+folder, base = map(Path, sys.argv[1:])
+torch.set_num_threads(1)
+keep_memory_tight()
+tokens = torch.randint(2, 200, (16, 512))
+before = rss_bytes()
+distill(folder, base, tokens, rates=Rates(codes=1e-3))
+print(json.dumps([peak_rss_bytes() - before, sum(required_by(folder, 512, Rates(codes=1e-3)).values())]))
+"""
+
+
+def test_memory_is_what_was_said(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 6, "max_position_embeddings": 512}
+    base = tiny_models.make(tmp_path / "base", "llama", **sizes)
+    folder = packed(base, tmp_path / "out", bits=2)
+    command = [sys.executable, "-c", MEASURED, str(folder), str(base)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    peak, said = json.loads(done.stdout.splitlines()[-1])
+    assert said == pytest.approx(peak, rel=0.2)

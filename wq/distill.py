@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +34,10 @@ from wq.structure.linears import is_linear
 HELD_OUT = 8  # one window in so many decides, and is not learned from
 _NOTE, _COURSE = "taught", "teaching"
 _NOTE_EVERY = 300.0  # seconds
+_LOGITS = 6  # copies of a window's, of both models, with what gradients need
+_ACTIVATION = (
+    3  # bytes kept for gradients, for each number that goes into or comes out of a layer: half are computed on
+)
 
 StepCallback = Callable[[int, int, float], None]
 
@@ -183,17 +187,37 @@ def put(entries: Mapping[str, Entry], tensors: Mapping[str, Tensor]) -> None:
         overwrite(entries[name], tensor)
 
 
-def required_bytes(folder: Path, rates: Rates) -> int:
-    """About what distilling takes: two models of 4-byte weights, those laid out for a step and their gradients, and for
-    codes that learn their own gradients and moments.
+def required_bytes(
+    layers: Iterable[tuple[int, int]], parameters: int, vocabulary: int, seqlen: int, rates: Rates
+) -> dict[str, int]:
+    """About what distilling takes, by what takes it.
 
-    An estimate from the headers, activations aside.
+    layers: `(out, in)` of the packed ones. parameters: of the model, all counted.
     """
+    layers = list(layers)
+    learning = sum(out * columns for out, columns in layers)
+    through = sum(out + columns for out, columns in layers)
+    return {
+        "two models": 2 * 4 * parameters,
+        "weights of a step, gradients, moments": 4 * learning * (5 if rates.codes else 2),
+        "logits": 4 * _LOGITS * vocabulary * seqlen,
+        "activations": _ACTIVATION * through * seqlen,
+    }
+
+
+def required_by(folder: Path, seqlen: int, rates: Rates) -> dict[str, int]:
+    """Likewise, of a packed folder."""
     packed, others = quantized.split(read_headers(folder))
-    config = quantized.read_config(folder)["quantization_config"]
-    weights = sum(math.prod(quantized.describe(name, leaves, config).shape) for name, leaves in packed.items())
+    config = quantized.read_config(folder)
+    layers = [quantized.describe(name, leaves, config["quantization_config"]).shape for name, leaves in packed.items()]
     rest = sum(math.prod(entry.shape) for entry in others.values())
-    return 4 * (2 * (weights + rest) + weights * (5 if rates.codes else 2))
+    vocabulary = config.get("vocab_size") or config.get("text_config", {}).get("vocab_size", 0)
+    return required_bytes(layers, rest + sum(map(math.prod, layers)), vocabulary, seqlen, rates)
+
+
+def work(parameters: int, windows: int, seqlen: int, rates: Rates) -> float:
+    """Floating-point operations: a pass of the dense model, and one and its gradient, twice as much, of the packed."""
+    return 4 * 2.0 * parameters * windows * seqlen * rates.epochs
 
 
 def _batches(windows: int, rates: Rates) -> Iterator[Tensor]:

@@ -11,13 +11,16 @@ from typing import Any
 import torch
 
 from wq import formats, solvers
+from wq.distill import Rates, required_bytes
+from wq.distill import work as distillation_work
 from wq.machine import default_device, free_bytes, keep_memory_tight
 from wq.pipeline import mixing, pace, quantizer
-from wq.pipeline.estimate import Estimate, Job, fitting
+from wq.pipeline.estimate import Estimate, Job, Moment, fitting
 from wq.pipeline.flow import windows_at_once
 from wq.pipeline.plan import Plan, make_plan
+from wq.pipeline.shapes import Work
 from wq.pipeline.source import Source, open_headers
-from wq.presets import recipe
+from wq.presets import Recipe, recipe
 from wq.scheme import Scheme
 
 
@@ -73,9 +76,24 @@ def plan(
             windows = wanted.samples - wanted.reserve
             job = replace(job, samples=windows, seqlen=wanted.seqlen, text=calibration, widths=widths)
         fit = fitting(job, windows_at_once(job.seqlen), budget)
+        if wanted.rates is not None:
+            fit = _distilled(fit, made, wanted, wanted.rates, source, place, budget)
         least, most = pace.seconds(job, fit, pace.measure(place, runs, made.scheme))
         known = {"model": source.name, "method": wanted.method, "format": format, "preset": preset}
         return known | _described(source, made, fit, place) | {"seconds": {"least": least, "most": most}}
+
+
+def _distilled(
+    fit: Estimate, made: Plan, wanted: Recipe, rates: Rates, source: Source, place: torch.device, budget: int | None
+) -> Estimate:
+    """With what comes after the last block, if there will be memory for it."""
+    layers = [layer.shape for _, blocks in made.towers for block in blocks for layer in block.layers.values()]
+    vocabulary = source.config.get_text_config().vocab_size
+    takes = required_bytes(layers, made.parameters, vocabulary, wanted.seqlen, rates)
+    if sum(takes.values()) > min(free_bytes(place), budget or free_bytes(place)):
+        return fit
+    work = Work(flops=distillation_work(made.parameters, wanted.reserve, wanted.seqlen, rates))
+    return replace(fit, moments=[*fit.moments, Moment("distillation", takes, work=work)])
 
 
 def _described(source: Source, made: Plan, fit: Estimate, place: torch.device) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from typing import Any
 from torch import Tensor
 
 from wq import report
-from wq.distill import HELD_OUT, Rates, StepCallback, distill, required_bytes
+from wq.distill import HELD_OUT, Rates, StepCallback, distill, required_by
 from wq.errors import CalibrationError, ModelError, UnknownNameError
 from wq.journal import Journal
 from wq.machine import default_device, free_bytes
@@ -176,7 +176,7 @@ def _taught(
     on_step: StepCallback | None,
 ) -> dict[str, Any]:
     """Distil, or say why not: the checkpoint is good without it, and was long in the making."""
-    need = required_bytes(folder, rates)
+    need = sum(required_by(folder, tokens.shape[1], rates).values())
     if need > free:
         return {"kept": False, "reason": f"it takes {report.size(need)} of memory, and {report.size(free)} is free"}
     try:
