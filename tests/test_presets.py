@@ -41,8 +41,8 @@ def test_best_teaches_blocks_and_the_whole_model(bits: int, tiny_model: TinyMode
     )
     record = made["distillation"]
     assert record["codes"] == (bits == 2)
-    assert (record["windows"], record["heldout_windows"]) == (19, 2)  # two thirds of all, which solvers did not see
-    assert max(layer["tokens"] for layer in made["layers"]) == 10 * 32  # every eighth of their own is held out
+    assert (record["windows"], record["heldout_windows"]) == (7, 1)  # a quarter of all, which solvers did not see
+    assert max(layer["tokens"] for layer in made["layers"]) == 21 * 32  # every eighth of their own is held out
     assert len(steps) == record["steps"] == steps[-1][0] == steps[-1][1]
     if record["kept"]:
         assert record["heldout_kl"]["after"] < record["heldout_kl"]["before"]
@@ -50,6 +50,13 @@ def test_best_teaches_blocks_and_the_whole_model(bits: int, tiny_model: TinyMode
     assert (made["learning"] is not None) == (bits == 2)
     card = (tmp_path / "out" / "README.md").read_text()
     assert ("of 14 layers learned with their block" in card) == (bits == 2)
+
+
+@pytest.mark.parametrize(("samples", "reserve"), [(32, 8), (128, 32), (160, 40), (256, 128), (None, 256)])
+def test_solvers_take_no_more_than_balanced_does(samples: int | None, reserve: int) -> None:
+    made = presets.recipe("best", samples=samples)
+    assert made.reserve == reserve
+    assert made.samples - reserve <= 128
 
 
 def test_best_without_the_memory_for_it_is_balanced_and_says_so(
@@ -76,6 +83,6 @@ def test_what_no_one_knows_is_refused(tiny_model: TinyModel, tmp_path: Path) -> 
         run(tiny_model(), tmp_path / "out", without=["luck"])
     with pytest.raises(UnknownNameError, match="rtn has no step 'order'"):
         run(tiny_model(), tmp_path / "out", method="rtn", without=["order"])
-    with pytest.raises(CalibrationError, match="preset best needs at least 12 windows"):
-        run(tiny_model(), tmp_path / "out", preset="best", samples=11)
+    with pytest.raises(CalibrationError, match="preset best needs at least 32 windows"):
+        run(tiny_model(), tmp_path / "out", preset="best", samples=31)
     assert not (tmp_path / "out").exists()

@@ -10,7 +10,6 @@ Anything said explicitly counts more than the preset.
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -26,7 +25,9 @@ from wq.journal import Journal
 from wq.machine import default_device, free_bytes
 from wq.pipeline import learning, mixing, quantizer
 
-FRESH = 2 / 3  # of the windows: kept from solvers and blocks, which have fitted to what they saw, to distil on
+# Solvers and blocks have fitted to what they saw, so what is distilled on is kept from them: all that is more than
+# balanced takes, and a quarter at least.
+LESSONS = 4
 
 
 @dataclass(frozen=True)
@@ -95,10 +96,9 @@ def recipe(
     samples = chosen.samples if samples is None else samples
     width = 4 if bits is None else bits
     rates = chosen.rates.get(width) if same else None
-    reserve = 0 if rates is None else int(samples * FRESH)
+    reserve = 0 if rates is None else max(samples // LESSONS, samples - PRESETS["balanced"].samples)
     if rates is not None and reserve < HELD_OUT:
-        least = math.ceil(HELD_OUT / FRESH)
-        raise CalibrationError(f"--samples {samples}: preset {preset} needs at least {least} windows.")
+        raise CalibrationError(f"--samples {samples}: preset {preset} needs at least {LESSONS * HELD_OUT} windows.")
     return Recipe(
         method=method or chosen.method,
         samples=samples,
