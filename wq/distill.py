@@ -13,7 +13,6 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from wq.checkpoint import Entry, overwrite, read_headers, read_tensor
 from wq.errors import CalibrationError, ModelError
 from wq.formats.stored import Stored
 from wq.journal import Journal
-from wq.learner import Learner, computing, learning_dtype, schedule
+from wq.learner import Learner, laid, learning_dtype, schedule
 from wq.solvers import Solution
 from wq.structure.linears import is_linear
 
@@ -35,9 +34,7 @@ HELD_OUT = 8  # one window in so many decides, and is not learned from
 _NOTE, _COURSE = "taught", "teaching"
 _NOTE_EVERY = 300.0  # seconds
 _LOGITS = 6  # copies of a window's, of both models, with what gradients need
-_ACTIVATION = (
-    3  # bytes kept for gradients, for each number that goes into or comes out of a layer: half are computed on
-)
+_ACTIVATION = 3  # bytes kept for gradients, for each number that goes into or comes out of a layer
 
 StepCallback = Callable[[int, int, float], None]
 
@@ -127,7 +124,7 @@ def _learn(
     course = _Course(pupil.optimizer(rates), journal)
     for step, rows in list(enumerate(steps))[course.resume() :]:
         course.set_rates(schedule(step, len(steps)))
-        with pupil.laid(learning_dtype(next(teacher.parameters()))):
+        with laid(pupil.layers.values(), learning_dtype(next(teacher.parameters()))):
             loss = _accumulate(teacher, pupil.model, windows[rows])
         pupil.gather()
         course.step()
@@ -256,7 +253,6 @@ class Pupil:
     """A quantized checkpoint as a model that can learn, and be written back."""
 
     def __init__(self, folder: Path, teacher: nn.Module, device: torch.device, codes: bool):
-        self.device = device
         self.model = _load(folder, device, True)
         self.model.requires_grad_(False)
         self.entries = read_headers(folder)
@@ -296,14 +292,6 @@ class Pupil:
             groups.append({"params": [vector], "lr": rates.vectors * float(vector.detach().abs().mean())})
         return torch.optim.Adam(groups, lr=rates.scales, betas=(0.9, 0.95))
 
-    @contextmanager
-    def laid(self, dtype: torch.dtype) -> Iterator[None]:
-        """With weights of a dtype to compute with, and in it."""
-        for learner in self.layers.values():
-            learner.lay(dtype)
-        with computing(self.device, dtype):
-            yield
-
     def gather(self) -> None:
         """Have the gradients of all that learns."""
         for learner in self.layers.values():
@@ -311,7 +299,7 @@ class Pupil:
 
     def kl(self, teacher: nn.Module, windows: Tensor) -> float:
         """Mean KL(teacher ‖ pupil), with weights as they are loaded."""
-        with self.laid(next(teacher.parameters()).dtype):
+        with laid(self.layers.values(), next(teacher.parameters()).dtype):
             return mean_kl(teacher, self.model, windows)
 
     @torch.no_grad()

@@ -8,7 +8,8 @@ many are next to another code, and change with the noise of a few windows.
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -31,13 +32,6 @@ def learning_dtype(weight: Tensor) -> torch.dtype:
     if weight.device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16", False):
         return torch.bfloat16
     return weight.dtype
-
-
-def computing(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[None]:
-    """What products of a dtype take place in: nothing else for float32, and for shapes alone."""
-    if dtype is torch.float32 or device.type == "meta":
-        return nullcontext()
-    return torch.autocast(device.type, dtype)
 
 
 class Learner(nn.Module):
@@ -108,3 +102,16 @@ class Learner(nn.Module):
         """What a format packs."""
         scale = self.scale.to(grid.scale_dtype(self.scheme)).cpu()
         return Solution(self.latent.detach().to(torch.uint8).cpu(), scale, self.zero.to(torch.uint8).cpu(), {})
+
+
+@contextmanager
+def laid(learners: Collection[Learner], dtype: torch.dtype) -> Iterator[None]:
+    """With the weights of some layers, in a dtype that products are computed in, too."""
+    for learner in learners:
+        learner.lay(dtype)
+    device = next(iter(learners)).latent.device
+    if dtype is torch.float32 or device.type == "meta":  # shapes alone know no other dtype than they have
+        yield
+        return
+    with torch.autocast(device.type, dtype):
+        yield

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from wq.learner import Learner, computing, learning_dtype, schedule
+from wq.learner import Learner, laid, learning_dtype, schedule
 from wq.pipeline.statistics import HELD_OUT
 
 _WINDOWS = 8  # in a step
@@ -91,12 +91,12 @@ def learn(block: nn.Module, learners: Mapping[str, Learner], lesson: Lesson, rat
     before = [(layer.scale.clone(), layer.latent.detach().clone()) for layer in layers]
     exact, dtype = next(block.parameters()).dtype, learning_dtype(next(block.parameters()))
     with _in_place(block, learners):
-        with _laid(layers, exact):
+        with laid(layers, exact):
             errors = [lesson.judge()]
         _optimize(layers, lesson, rates, dtype)
         for layer in layers:
             layer.settle()
-        with _laid(layers, exact):
+        with laid(layers, exact):
             errors.append(lesson.judge())
     if not errors[1] < errors[0]:
         for layer, (scale, codes) in zip(layers, before, strict=True):
@@ -118,22 +118,13 @@ def _optimize(layers: list[Learner], lesson: Lesson, rates: Rates, dtype: torch.
         for group, peak in zip(optimizer.param_groups, (rates.codes, rates.scales), strict=True):
             group["lr"] = peak * schedule(number, len(plan))
         windows = sum(len(lesson.wanted[batch]) for batch in step)
-        with _laid(layers, dtype):
+        with laid(layers, dtype):
             for batch in step:
                 (lesson.errors(batch) * (1 - lesson.decides(batch))).sum().div(windows).backward()
         for layer in layers:
             layer.gather()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-
-
-@contextmanager
-def _laid(layers: list[Learner], dtype: torch.dtype) -> Iterator[None]:
-    """With weights of a dtype to compute with, and in it."""
-    for layer in layers:
-        layer.lay(dtype)
-    with computing(layers[0].latent.device, dtype):
-        yield
 
 
 @contextmanager
