@@ -51,7 +51,7 @@ PRESETS = {
     "best": Preset(
         384,
         # Wider codes gain nothing: on blocks of SmolLM2 that GPTQ has solved, errors of 3 and 4 bits rise.
-        blocks={2: learning.Rates(codes=1.5e-2, scales=2e-3, passes=8)},
+        blocks={2: learning.Rates(codes=3e-2, scales=2e-3, passes=4)},
         rates={
             2: Rates(scales=3e-3, vectors=3e-3, codes=1.2e-2),
             3: Rates(scales=1.5e-3, vectors=2e-3),
