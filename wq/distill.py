@@ -27,10 +27,10 @@ from wq.errors import CalibrationError, ModelError
 from wq.formats.stored import Stored
 from wq.journal import Journal
 from wq.learner import Learner, laid, learning_dtype, schedule
+from wq.pipeline.statistics import HELD_OUT
 from wq.solvers import Solution
 from wq.structure.linears import is_linear
 
-HELD_OUT = 8  # one window in so many decides, and is not learned from
 _NOTE, _COURSE = "taught", "teaching"
 _NOTE_EVERY = 300.0  # seconds
 _LOGITS = 6  # copies of a window's, of both models, with what gradients need

@@ -76,7 +76,7 @@ def plan(
             windows = wanted.samples - wanted.reserve
             job = replace(job, samples=windows, seqlen=wanted.seqlen, text=calibration, widths=widths)
         fit = fitting(job, windows_at_once(job.seqlen), budget)
-        if wanted.rates is not None:
+        if wanted.rates is not None and not source.config.is_encoder_decoder:  # which is not distilled
             fit = _distilled(fit, made, wanted, wanted.rates, source, place, budget)
         least, most = pace.seconds(job, fit, pace.measure(place, runs, made.scheme))
         known = {"model": source.name, "method": wanted.method, "format": format, "preset": preset}
@@ -88,6 +88,13 @@ def _distilled(
 ) -> Estimate:
     """With what comes after the last block, if there will be memory for it."""
     layers = [layer.shape for _, blocks in made.towers for block in blocks for layer in block.layers.values()]
+    layers += [
+        one.size.matrix
+        for _, blocks in made.towers
+        for block in blocks
+        for one in block.experts.values()
+        for _ in range(one.size.experts)
+    ]
     vocabulary = source.config.get_text_config().vocab_size
     takes = required_bytes(layers, made.parameters, vocabulary, wanted.seqlen, rates)
     if sum(takes.values()) > min(free_bytes(place), budget or free_bytes(place)):

@@ -19,11 +19,12 @@ from typing import Any
 from torch import Tensor
 
 from wq import report
-from wq.distill import HELD_OUT, Rates, StepCallback, distill, required_by
+from wq.distill import Rates, StepCallback, distill, required_by
 from wq.errors import CalibrationError, ModelError, UnknownNameError
 from wq.journal import Journal
 from wq.machine import default_device, free_bytes
 from wq.pipeline import learning, mixing, quantizer
+from wq.pipeline.statistics import HELD_OUT
 
 # Solvers and blocks have fitted to what they saw, so what is distilled on is kept from them: all that is more than
 # balanced takes, and a quarter at least.
@@ -41,7 +42,7 @@ class Preset:
     seqlen: int = 512
     method: str = "gptq"
     without: tuple[str, ...] = ()
-    blocks: dict[int, learning.Rates] = field(default_factory=dict)
+    blocks: dict[int, learning.BlockRates] = field(default_factory=dict)
     rates: dict[int, Rates] = field(default_factory=dict)
 
 
@@ -51,7 +52,7 @@ PRESETS = {
     "best": Preset(
         384,
         # Wider codes gain nothing: on blocks of SmolLM2 that GPTQ has solved, errors of 3 and 4 bits rise.
-        blocks={2: learning.Rates(codes=3e-2, scales=2e-3, passes=4)},
+        blocks={2: learning.BlockRates(codes=3e-2, scales=2e-3, passes=4)},
         rates={
             2: Rates(scales=3e-3, vectors=3e-3, codes=1.2e-2),
             3: Rates(scales=1.5e-3, vectors=2e-3),
@@ -74,7 +75,7 @@ class Recipe:
     samples: int
     seqlen: int
     without: frozenset[str]
-    blocks: learning.Rates | None
+    blocks: learning.BlockRates | None
     rates: Rates | None
     reserve: int
 

@@ -13,16 +13,17 @@ from torch import Tensor, nn
 from wq import grid
 from wq.checkpoint import read_headers, read_tensor
 from wq.learner import Learner
-from wq.pipeline import learning
-from wq.pipeline.learning import Lesson, Rates, learn
+from wq.pipeline import learning, quantizer
+from wq.pipeline.learning import BlockRates, Lesson, learn
 from wq.pipeline.quantizer import quantize
+from wq.pipeline.ranks import Ranks
 from wq.scheme import Scheme
 from wq.solvers import rtn
 from wq.verify import verify
 
 TinyModel = Callable[..., Path]
 
-EAGER = Rates(codes=0.02, scales=2e-3, passes=6)
+EAGER = BlockRates(codes=0.02, scales=2e-3, passes=6)
 
 
 def layer(out: int, columns: int, bits: int, symmetric: bool, seed: int) -> tuple[nn.Linear, Learner]:
@@ -97,7 +98,7 @@ def test_a_block_learns_and_is_left_as_it_was() -> None:
     windows = [torch.randn(count, 16, 64) for count in (1, 8, 8, 7)]
     learners, what = lesson(block, windows)
     start = {name: learner.codes().clone() for name, learner in learners.items()}
-    worse, better = learn(block, learners, what, Rates(codes=0.02, scales=5e-3, passes=30))
+    worse, better = learn(block, learners, what, BlockRates(codes=0.02, scales=5e-3, passes=30))
     assert better < 0.95 * worse
     assert all(torch.equal(value, before[name]) for name, value in block.state_dict().items())
     assert all(parameter.requires_grad and parameter.grad is None for parameter in block.parameters())
@@ -115,7 +116,7 @@ def test_windows_that_decide_are_not_learned_from() -> None:
         learners, what = lesson(block, windows, first=16)
         what.wanted[0][7] += spoiled  # the one with number 23
         with learning._in_place(block, learners):
-            learning._optimize(list(learners.values()), what, Rates(0.02, 2e-3, passes=4), torch.float32)
+            learning._optimize(list(learners.values()), what, BlockRates(0.02, 2e-3, passes=4), torch.float32)
         found.append(torch.cat([learner.latent.detach().flatten() for learner in learners.values()]))
         assert what.decides(0).tolist() == [0, 0, 0, 0, 0, 0, 0, 1]
     assert torch.equal(*found)
@@ -126,7 +127,7 @@ def test_what_is_no_better_is_not_kept() -> None:
     block = Two()
     learners, what = lesson(block, [torch.randn(8, 16, 64)])
     start = {name: learner.solution() for name, learner in learners.items()}
-    worse, better = learn(block, learners, what, Rates(codes=5.0, scales=3.0, passes=3))
+    worse, better = learn(block, learners, what, BlockRates(codes=5.0, scales=3.0, passes=3))
     assert better >= worse
     for name, learner in learners.items():
         assert all(torch.equal(a, b) for a, b in zip(learner.solution()[:3], start[name][:3], strict=True))
@@ -144,11 +145,13 @@ def test_models_learn_block_by_block(architecture: str, tiny_model: TinyModel, t
     assert verify(tmp_path / "out")["good"]
     ours, theirs = ({k: read_tensor(e) for k, e in read_headers(tmp_path / n).items()} for n in ("out", "plain"))
     assert ours.keys() == theirs.keys()
-    if any(one["kept"] for one in told):
-        assert any(not torch.equal(ours[name], theirs[name]) for name in ours if "packed" in name or "scale" in name)
+    differing = [name for name in ours if not torch.equal(ours[name], theirs[name])]
+    assert bool(differing) == any(one["kept"] for one in told)
+    assert all("packed" in name or "scale" in name for name in differing)
 
 
 def test_what_cannot_learn_says_so(tiny_model: TinyModel, tmp_path: Path) -> None:
     options: dict[str, Any] = {"group_size": 32, "samples": 8, "seqlen": 32, "calibration": "builtin", "rates": EAGER}
     made = quantize(tiny_model(), tmp_path / "out", method="awq", **options)
-    assert made["learning"] == {"reason": "the method has no dense model beside it"}
+    assert made["learning"] == {"reason": "no dense model runs beside the quantized one"}
+    assert quantizer._learning([], Ranks(0, 2)) == {"reason": "several processes share the run"}

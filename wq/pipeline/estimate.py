@@ -28,7 +28,7 @@ from wq.machine import rss_bytes
 from wq.pipeline import blocks as decoder
 from wq.pipeline import calibration, sampling, sensitivity
 from wq.pipeline.flow import batch_sizes, root_inputs
-from wq.pipeline.learning import Rates
+from wq.pipeline.learning import BlockRates
 from wq.pipeline.plan import Block, Plan
 from wq.pipeline.shapes import Meter, Work, metered
 from wq.pipeline.source import Source, declare_dtype
@@ -63,7 +63,7 @@ class Job:
     without: frozenset[str] = frozenset()
     text: str | None = None
     widths: tuple[int, ...] = ()
-    rates: Rates | None = None
+    rates: BlockRates | None = None
 
     @property
     def paired(self) -> bool:

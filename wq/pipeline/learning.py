@@ -23,7 +23,7 @@ _WINDOWS = 8  # in a step
 
 
 @dataclass(frozen=True)
-class Rates:
+class BlockRates:
     """Learning rates of Adam, in units of what it moves: codes in steps of the grid, scales relative to a scale.
 
     passes: over the windows.
@@ -82,7 +82,7 @@ class Lesson:
 
 
 @torch.no_grad()
-def learn(block: nn.Module, learners: Mapping[str, Learner], lesson: Lesson, rates: Rates) -> tuple[float, float]:
+def learn(block: nn.Module, learners: Mapping[str, Learner], lesson: Lesson, rates: BlockRates) -> tuple[float, float]:
     """Let `learners`, by name in the block, learn what the block is to make; its error before, and after.
 
     Errors are those on windows held out. If learning did not lower it, learners are as they were.
@@ -105,7 +105,7 @@ def learn(block: nn.Module, learners: Mapping[str, Learner], lesson: Lesson, rat
 
 
 @torch.enable_grad()
-def _optimize(layers: list[Learner], lesson: Lesson, rates: Rates, dtype: torch.dtype) -> None:
+def _optimize(layers: list[Learner], lesson: Lesson, rates: BlockRates, dtype: torch.dtype) -> None:
     for layer in layers:
         layer.free()
     groups = [

@@ -39,7 +39,7 @@ from wq.machine import default_device, keep_memory_tight, peak_rss_bytes, releas
 from wq.pipeline import calibration as calibration_text
 from wq.pipeline import estimate, mixing, sampling
 from wq.pipeline.flow import Flow, NotFiniteError, patiently, windows_at_once
-from wq.pipeline.learning import Rates
+from wq.pipeline.learning import BlockRates
 from wq.pipeline.plan import Block, Plan, assigned, make_plan, mix
 from wq.pipeline.progress import Progress, Streams, check_same, digests
 from wq.pipeline.ranks import Ranks
@@ -83,7 +83,7 @@ def quantize(
     mix: Iterable[int] | None = None,
     without: Iterable[str] = (),
     reserve: int = 0,
-    rates: Rates | None = None,
+    rates: BlockRates | None = None,
     max_memory: int | str | None = None,
     ranks: Ranks | None = None,
     on_block: BlockCallback | None = None,
@@ -230,7 +230,7 @@ class _Job:
     without: frozenset[str]
     place: Workplace
     ranks: Ranks
-    rates: Rates | None
+    rates: BlockRates | None
     identity: dict[str, Any] = field(default_factory=dict)  # what tells it from other runs
     progress: Progress = field(default_factory=Progress)
     changed: set[str] = field(default_factory=set)  # dense parameters that folding altered
@@ -597,8 +597,8 @@ def _learning(layers: list[dict[str, Any]], ranks: Ranks) -> dict[str, Any]:
     """How many layers learned with their block, and for how many that was kept; or why none did."""
     learned = [layer["learned"] for layer in layers if "learned" in layer]
     if not learned:
-        several = "several processes share the run" if not ranks.alone else "the method has no dense model beside it"
-        return {"reason": several}
+        beside = "no dense model runs beside the quantized one"
+        return {"reason": beside if ranks.alone else "several processes share the run"}
     return {"layers": len(learned), "kept": sum(one["kept"] for one in learned)}
 
 

@@ -17,7 +17,7 @@ from wq.learner import Learner
 from wq.pipeline import blocks as decoder
 from wq.pipeline import experts as mixture
 from wq.pipeline import folding
-from wq.pipeline.learning import Lesson, Rates, learn
+from wq.pipeline.learning import BlockRates, Lesson, learn
 from wq.pipeline.plan import Block, Experts
 from wq.pipeline.ranks import Ranks
 from wq.pipeline.source import Source
@@ -66,7 +66,7 @@ class Stages:
     known: dict[str, Statistics] = field(default_factory=dict)
     outputs: list[Tensor] = field(default_factory=list)
     dense_outputs: list[Tensor] = field(default_factory=list)
-    rates: Rates | None = None
+    rates: BlockRates | None = None
     solved: dict[str, Solution] = field(default_factory=dict)
     traced: decoder.Traced = field(default_factory=lambda: decoder.Traced([], {}, {}))
 
