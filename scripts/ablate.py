@@ -54,7 +54,7 @@ def table(made: dict[str, Any]) -> str:
         kl = telling.mean(full, text, "kl", "mean")
         step = told["row"].removeprefix("wq without ")
         if told["row"] == BEST:  # with the step in the row and not in the reference
-            step, ratio, low, high, spent = "distillation", 1 / ratio, 1 / high, 1 / low, -spent
+            step, ratio, low, high, spent = "what best adds", 1 / ratio, 1 / high, 1 / low, -spent
             kl = telling.mean(ours, text, "kl", "mean")
         grid = f"{bits} {'sym' if symmetric else 'asym'}"
         lines.append(f"| {step} | {grid} | {text} | {ratio:.3f} | {low:.3f} to {high:.3f} | {kl:.4f} | {spent:.0f} |")

@@ -13,10 +13,12 @@ import tiny_models
 import torch
 from torch import Tensor
 
+from wq import distill as distilling
 from wq import load, quantize
 from wq.checkpoint import read_headers, read_tensor
 from wq.distill import Pupil, Rates, distill, mean_kl, put, required_by, required_bytes
 from wq.errors import CalibrationError, ModelError
+from wq.journal import Journal
 from wq.verify import verify
 
 TinyModel = Callable[..., Path]
@@ -112,6 +114,28 @@ def test_two_runs_agree(tiny_model: TinyModel, tmp_path: Path) -> None:
         distill(folder, tiny_model("llama"), windows(), rates=FAST)
     one, two = map(tensors, folders)
     assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_without_bfloat16_and_without_room_for_notes(
+    tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+    monkeypatch.setattr(distilling, "_NOTE_EVERY", -1.0)
+    monkeypatch.setattr(Journal, "has_room", lambda *_: False)
+    folder, notes = packed(tiny_model("llama"), tmp_path / "out"), tmp_path / "notes"
+    notes.mkdir()
+    seen: list[bool] = []
+    done = distill(
+        folder,
+        tiny_model("llama"),
+        windows(),
+        rates=FAST,
+        journal=Journal(notes),
+        on_step=lambda *_: seen.append(any(notes.iterdir())),
+    )
+    assert done["kept"]
+    assert len(seen) == done["steps"]
+    assert not any(seen)
 
 
 def test_what_cannot_be_distilled_is_refused(tiny_model: TinyModel, tmp_path: Path) -> None:
