@@ -259,7 +259,7 @@ def test_the_ablation_tells_what_forgetting_a_step_costs() -> None:
     lines = ablate.table(made).splitlines()[2:]
     assert len(lines) == 6  # two steps, three texts
     assert lines[0] == "| target | 4 sym | wikitext2 | 1.200 | 1.200 to 1.200 | 0.1000 | 5 |"
-    assert lines[3] == "| distillation | 4 sym | wikitext2 | 1.250 | 1.250 to 1.250 | 0.0800 | 30 |"
+    assert lines[3] == "| what best adds | 4 sym | wikitext2 | 1.250 | 1.250 to 1.250 | 0.0800 | 30 |"
 
 
 def test_the_ablation_has_a_row_for_every_step() -> None:
