@@ -342,13 +342,16 @@ def evaluate(
         bool, typer.Option("--speed", help="Measure tokens per second instead, eager and compiled.")
     ] = False,
     dtype: Annotated[str, typer.Option(help="What the models run in: auto, float32, float16, bfloat16.")] = "auto",
+    head_bits: Annotated[
+        int | None, typer.Option(help="Round the model's dense head to so many bits as it loads; 8 is near lossless.")
+    ] = None,
     device: Device = None,
     as_json: Json = False,
 ) -> None:
     """Perplexity; with --base also KL and top-1 agreement on the same windows. With --tasks: benchmark tasks."""
     if sum((bool(text), tasks is not None, speed)) > 1:
         raise typer.BadParameter("--text, --tasks and --speed are evaluations apart: give one of them.")
-    common = {"base": base, "dtype": dtype, "device": device}
+    common = {"base": base, "dtype": dtype, "device": device, "head_bits": head_bits}
     if tasks is not None:
         own = {"limit": limit, "fewshot": fewshot, "batch": batch, "include_path": include_path}
         _evaluate_tasks(model, tasks, as_json, **common, **own)

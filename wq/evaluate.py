@@ -57,24 +57,22 @@ def evaluate(
     windows: int | None = None,
     dtype: str = "auto",
     device: str | None = None,
+    head_bits: int | None = None,
     on_window: WindowCallback | None = None,
 ) -> dict[str, Any]:
     """Perplexity of `model` on `text`; with `base`, also KL and top-1 agreement with it on the same windows.
 
     text: `wikitext` (WikiText-2 test, from the Hub), a local text file, taken as it is, or, which need no network,
     `builtin` (English) and `code` (Python); or several of these: the result is then `{"texts": [...]}`, one for each.
-    windows: only the first so many of each. dtype: what both models run in. If `model` is a folder that wq made, its
-    report and card are updated with the figures. Raises ModelError, CalibrationError.
+    windows: only the first so many of each. dtype: what both models run in. head_bits: as in `WqConfig`, of `model`.
+    If that is a folder that wq made, and its head is as stored, its report and card are updated. Raises ModelError,
+    CalibrationError.
     """
     from wq.hf import load
 
     place = device or default_device()
-    subject, tokenizer = load(model, dtype=dtype, device=place)
-    if subject.config.is_encoder_decoder:
-        raise ModelError(
-            f"{model} is an encoder-decoder model ({type(subject).__name__}); perplexity on running text is defined "
-            "for decoders. Measure it on its own task."
-        )
+    subject, tokenizer = load(model, dtype=dtype, device=place, head_bits=head_bits)
+    _check_decoder(model, subject)
     names = [text] if isinstance(text, str) else list(text)
     if not names:
         raise CalibrationError("no evaluation text was named.")
@@ -100,12 +98,22 @@ def evaluate(
                 "dtype": str(subject.dtype).removeprefix("torch."),
                 "device": place,
                 "seconds": round(time.perf_counter() - started, 1),
+                **({} if head_bits is None else {"head_bits": head_bits}),
                 **scores.result(os.fspath(base) if base is not None else None),
             }
         )
     result = results[0] if len(results) == 1 else {"texts": results}
-    report.record(Path(model), "evaluation", result)
+    if head_bits is None:  # figures of what the folder holds
+        report.record(Path(model), "evaluation", result)
     return result
+
+
+def _check_decoder(name: str | os.PathLike[str], model: Any) -> None:
+    if model.config.is_encoder_decoder:
+        raise ModelError(
+            f"{name} is an encoder-decoder model ({type(model).__name__}); perplexity on running text is defined "
+            "for decoders. Measure it on its own task."
+        )
 
 
 def read_tokens(text: str, tokenizer: Any, seqlen: int, windows: int | None = None) -> Tensor:

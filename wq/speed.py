@@ -33,13 +33,15 @@ def speed(
     compiled: bool = True,
     dtype: str = "auto",
     device: str | None = None,
+    head_bits: int | None = None,
     on_round: RoundCallback | None = None,
 ) -> dict[str, Any]:
     """Tokens per second of `model`, and of the dense `base`: read (`prefill`), written (`decode`), and written with a
     static cache and a compiled forward (`compiled`).
 
     compiled: whether to measure the last, which takes a minute or more to compile. Where it cannot be compiled, the
-    result says why. dtype: what both run in. Raises ModelError for an encoder-decoder model.
+    result says why. dtype: what both run in. head_bits: as in `WqConfig`, of `model`. Raises ModelError for an
+    encoder-decoder model.
     """
     from wq.hf import load
 
@@ -47,7 +49,7 @@ def speed(
     names = {"model": model, **({} if base is None else {"base": base})}
     models: dict[str, Any] = {}
     for key, name in names.items():
-        models[key], _ = load(name, dtype=dtype, device=place)
+        models[key], _ = load(name, dtype=dtype, device=place, head_bits=head_bits if key == "model" else None)
         if models[key].config.is_encoder_decoder:
             raise ModelError(f"{name} is an encoder-decoder model; speed is measured of models that continue a text.")
         dtype = str(models["model"].dtype).removeprefix("torch.")

@@ -35,13 +35,15 @@ def evaluate(
     include_path: str | os.PathLike[str] | None = None,
     dtype: str = "auto",
     device: str | None = None,
+    head_bits: int | None = None,
 ) -> dict[str, Any]:
     """What `model` scores in lm_eval's `tasks`, and how that differs from `base` on the same documents.
 
     tasks: names of tasks, groups or tags, or patterns of them. limit: only the first so many documents of each.
     fewshot: examples in front of each document; None is what the task says. batch: requests computed at once.
     include_path: a folder with tasks of one's own, in lm_eval's YAML, which may name Python code to run.
-    dtype: what both models run in. If `model` is a folder that wq made, its report and card are updated.
+    dtype: what both models run in. head_bits: as in `WqConfig`, of `model`; if that is a folder that wq made, and its
+    head is as stored, its report and card are updated.
     The models are loaded one after the other. Raises TaskError, before any model is loaded, for what cannot be run.
     """
     started = time.perf_counter()
@@ -49,8 +51,8 @@ def evaluate(
     with _quiet():
         wanted = _find(tasks, include_path)
         options = {"limit": limit, "num_fewshot": fewshot}
-        measured, ran_in = _run(model, wanted, batch, dtype, place, options)
-        compared = None if base is None else _run(base, wanted, batch, ran_in, place, options)[0]
+        measured, ran_in = _run(model, wanted, batch, dtype, place, head_bits, options)
+        compared = None if base is None else _run(base, wanted, batch, ran_in, place, None, options)[0]
     result = {
         "model": os.fspath(model),
         "base": None if base is None else os.fspath(base),
@@ -61,8 +63,10 @@ def evaluate(
         "device": place,
         "lm_eval": version("lm_eval"),
         "seconds": round(time.perf_counter() - started, 1),
+        **({} if head_bits is None else {"head_bits": head_bits}),
     }
-    report.record(Path(model), "tasks", result)
+    if head_bits is None:  # figures of what the folder holds
+        report.record(Path(model), "tasks", result)
     return result
 
 
@@ -103,13 +107,19 @@ def _load(manager: Any, name: str) -> list[Any]:
 
 
 def _run(
-    model: str | os.PathLike[str], tasks: list[Any], batch: int, dtype: str, device: str, options: dict[str, Any]
+    model: str | os.PathLike[str],
+    tasks: list[Any],
+    batch: int,
+    dtype: str,
+    device: str,
+    head_bits: int | None,
+    options: dict[str, Any],
 ) -> tuple[dict[str, Any], str]:
     """The harness's results for one model, and the dtype it ran in; the model is freed before this returns."""
     from wq.hf import load
 
     _, harness_model, simple_evaluate = _harness()
-    loaded, tokenizer = load(model, dtype=dtype, device=device)
+    loaded, tokenizer = load(model, dtype=dtype, device=device, head_bits=head_bits)
     ran_in = str(loaded.dtype).removeprefix("torch.")
     try:
         wrapped = harness_model(pretrained=loaded, tokenizer=tokenizer, batch_size=batch)

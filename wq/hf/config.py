@@ -8,7 +8,7 @@ from typing import Any
 from transformers.quantizers import register_quantization_config
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from wq.errors import FormatError
+from wq.errors import FormatError, SchemeError
 from wq.scheme import PER_CHANNEL, Scheme, check_quantizable
 
 METHOD = "wq"  # the name in transformers' registries; never written to a checkpoint
@@ -21,7 +21,8 @@ class WqConfig(QuantizationConfigMixin):
     """The one flag.
 
     bits, group_size, symmetric, keep: how to quantize a dense repo on load, as in `wq.quantize`; an already quantized
-    repo brings its own. dequantize: load an already quantized repo as a dense model.
+    repo brings its own. dequantize: load an already quantized repo as a dense model. head_bits: round the layer that
+    makes logits, too, to so many bits as any repo loads; None keeps it as it is stored.
     Raises SchemeError for values no scheme has.
     """
 
@@ -32,12 +33,17 @@ class WqConfig(QuantizationConfigMixin):
         symmetric: bool = True,
         keep: Iterable[str] = (),
         dequantize: bool = False,
+        head_bits: int | None = None,
     ):
         check_quantizable(bits)
         Scheme(bits, PER_CHANNEL if group_size is None else group_size, symmetric)  # refuse bad values here and now
+        if head_bits is not None:
+            check_quantizable(head_bits)
+            if dequantize:
+                raise SchemeError(f"dequantize=True leaves nothing packed; leave head_bits={head_bits} out.")
         self.quant_method = METHOD  # type: ignore[assignment]
         self.bits, self.group_size, self.symmetric = bits, group_size, symmetric
-        self.keep, self.dequantize = tuple(keep), dequantize
+        self.keep, self.dequantize, self.head_bits = tuple(keep), dequantize, head_bits
         self.checkpoint: dict[str, Any] | None = None
 
     @classmethod
@@ -52,7 +58,7 @@ class WqConfig(QuantizationConfigMixin):
         if self.checkpoint is not None:
             return dict(self.checkpoint)
         known = {"bits": self.bits, "group_size": self.group_size, "symmetric": self.symmetric, "keep": list(self.keep)}
-        return {"quant_method": METHOD, **known}
+        return {"quant_method": METHOD, **known, "head_bits": self.head_bits}
 
     def to_diff_dict(self) -> dict[str, Any]:
         return self.to_dict()
@@ -67,7 +73,7 @@ class WqConfig(QuantizationConfigMixin):
                 "loads gptq, awq, auto-round and compressed-tensors pack-quantized. Leave quantization_config out to "
                 "use the repo's own loader."
             )
-        bound = WqConfig(self.bits, self.group_size, self.symmetric, self.keep, self.dequantize)
+        bound = WqConfig(self.bits, self.group_size, self.symmetric, self.keep, self.dequantize, self.head_bits)
         bound.checkpoint = dict(values)
         return bound
 

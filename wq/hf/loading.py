@@ -27,11 +27,12 @@ def load(
     device: str | torch.device | None = None,
     revision: str | None = None,
     dequantize: bool = False,
+    head_bits: int | None = None,
 ) -> tuple[PreTrainedModel, Any]:
     """A model to run and its tokenizer, from a dense or quantized repo or folder, or a GGUF file.
 
-    Quantized ones load packed, or dense with `dequantize`; dense ones stay dense. Raises ModelError when there is no
-    model to load.
+    Quantized ones load packed, or dense with `dequantize`; dense ones stay dense. head_bits: as in `WqConfig`, of a
+    quantized one. Raises ModelError when there is no model to load.
     """
     name = os.fspath(model)
     path = Path(name).expanduser()
@@ -49,9 +50,11 @@ def load(
         kind = model_class(config)
         options["use_safetensors"] = True  # never a pickle
         if getattr(config, "quantization_config", None) is not None:
-            options["quantization_config"] = WqConfig(dequantize=dequantize)
+            options["quantization_config"] = WqConfig(dequantize=dequantize, head_bits=head_bits)
         elif entries:
             _check_dense(kind, config, entries, name)
+    if head_bits is not None and not isinstance(options.get("quantization_config"), WqConfig):
+        raise ModelError(f"{name} is dense; head_bits rounds the head of a quantized model. Leave it out.")
     try:
         with _quiet():
             loaded = kind.from_pretrained(**location, **options, trust_remote_code=False)

@@ -24,6 +24,7 @@ from wq.formats.stored import Packed, Stored
 from wq.hf import experts, parallel
 from wq.hf.config import METHOD, WqConfig
 from wq.hf.conversion import PARAMETERS, Unpack, dense_like, is_own, packed_like
+from wq.hf.head import Head
 from wq.hf.inspection import inspect
 from wq.layers import WqLinear
 from wq.layers.ops import STREAM
@@ -52,6 +53,7 @@ class WqQuantizer(HfQuantizer):
         self.stored: dict[str, Stored] = {}  # already quantized: how each module is stored
         self.experts: dict[str, experts.Fused] = {}  # and each parameter of experts
         self.mapped = Mapped(())
+        self.head: Head | None = None  # rounded on load
         self.damage: CheckpointError | None = None  # what a dense weight has that cannot be rounded
 
     # --- before the weights ---
@@ -69,6 +71,7 @@ class WqQuantizer(HfQuantizer):
             self._prepare_packed(model, checkpoint_files or [])
         else:
             _stay_inside(model, checkpoint_files or [])
+            self.mapped = Mapped(checkpoint_files or [])
             self._prepare_dense(model)
         return model
 
@@ -202,6 +205,8 @@ class WqQuantizer(HfQuantizer):
         fused |= {name: entry.stored.scheme for name, entry in self.experts.items()}
         if fused:
             experts.finish(model, fused)
+        if self.quantization_config.head_bits is not None:
+            self.head = Head.round(model, self.quantization_config.head_bits, self.mapped)
         used: Any = model._weight_conversions
         kept = [converter for converter in used or () if not is_own(converter)]
         model._weight_conversions = [*kept, *experts.converters_for_saving(kept, on_load)]  # type: ignore[assignment]
@@ -213,8 +218,10 @@ class WqQuantizer(HfQuantizer):
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
         """The tensors of the checkpoint that the model came from, or those of a compressed-tensors one."""
         state = model.state_dict()
+        if self.head is not None:
+            self.head.take_from(state)
         for name, module in model.named_modules():
-            if isinstance(module, WqLinear):
+            if isinstance(module, WqLinear) and (self.head is None or name != self.head.path):
                 tensors = {leaf: state.pop(f"{name}.{leaf}", None) for leaf in PARAMETERS}
                 stored = self.stored.get(name) or Stored(
                     "compressed-tensors", module.scheme, (module.out_features, module.in_features)
@@ -237,6 +244,8 @@ class WqQuantizer(HfQuantizer):
         for name, layer in list(model.named_modules()):
             if isinstance(layer, WqLinear):
                 model.set_submodule(name, dense_like(layer, dtype))
+        if self.head is not None:
+            self.head.restore(model)
         experts.dequantize(model, dtype)
         return model
 
