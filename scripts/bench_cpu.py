@@ -30,6 +30,7 @@ SHAPES = {  # (out_features, in_features) of the layers of one block that differ
     "SmolLM2-135M": [(576, 576), (192, 576), (1536, 576), (576, 1536)],
     "Llama-3-8B": [(4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336)],
 }
+WQ: dict[str, int | None] = {"wq": None, "wq, head in 8 bits": 8}  # contenders, and WqConfig's head_bits
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 PROMPT, TOKENS, PREFILL = 8, 48, 512
 
@@ -156,7 +157,7 @@ def worker(options: argparse.Namespace) -> None:
 
     try:
         importlib.import_module("llama_cpp" if options.worker == "llama.cpp" else "transformers.modeling_utils")
-        if options.worker == "wq":
+        if options.worker in WQ:
             importlib.import_module("wq.hf")
         if options.worker != "llama.cpp":
             warm_up(getattr(importlib.import_module("torch"), options.dtypes[0]))
@@ -205,10 +206,10 @@ class Transformers:
         kind, dtype = options.worker, getattr(torch, options.dtypes[0])
         self.kind = kind
         more: dict[str, Any] = {}
-        if kind == "wq":
+        if kind in WQ:
             from wq import WqConfig
 
-            more["quantization_config"] = WqConfig()
+            more["quantization_config"] = WqConfig(head_bits=WQ[kind])
         if kind == "gptqmodel":
             from gptqmodel import GPTQModel
 
@@ -352,7 +353,7 @@ def model(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Every contender's speeds, and their ratios to the dense model's in the same round."""
     places: list[tuple[str, str, str, Path]] = [
         ("dense", "dense", sys.executable, options.dense),
-        ("wq", "wq", sys.executable, options.packed),
+        *((kind, kind, sys.executable, options.packed) for kind in WQ),
     ]
     if options.environments:
         for peer, folder in (("gptqmodel", options.gptq), ("torchao", options.dense), ("llama.cpp", options.gguf)):

@@ -84,10 +84,12 @@ def test_contenders_run_in_turns_and_one_that_cannot_says_why(
     bench.main()
     made = json.loads((tmp_path / "result.json").read_text())
     by_name = {row["contender"]: row for row in made["results"]}
-    assert list(by_name) == ["dense", "wq", "gptqmodel"]
+    rounded = "wq, head in 8 bits"
+    assert list(by_name) == ["dense", "wq", rounded, "gptqmodel"]
     assert "gptqmodel" in by_name["gptqmodel"]["error"]
     assert by_name["wq"]["layers"] == ["Linear", "WqLinear"]
-    for name in ("dense", "wq"):
+    assert by_name[rounded]["layers"] == ["WqLinear"]
+    for name in ("dense", "wq", rounded):
         assert by_name[name]["prefill"]["tokens_per_second"] > 0
         assert by_name[name]["first_token"]["speedup"]["median"] > 0
         assert by_name[name]["peak_bytes"] > 0

@@ -24,7 +24,7 @@ _COMPILERS = ("g++", "clang++", "c++")
 # Of the processor's abilities, as torch reports them, the flag that lets a compiler use each.
 _AVX2 = {"avx2": "-mavx2", "fma3": "-mfma", "f16c": "-mf16c"}
 _AVX512 = _AVX2 | {f"avx512_{name}": f"-mavx512{name}" for name in ("f", "bw", "vl", "dq")}
-_BFLOAT16 = {"avx512_bf16": "-mavx512bf16"}
+_BFLOAT16 = {"avx512_bf16": "-mavx512bf16", "avx512_vbmi": "-mavx512vbmi"}  # the second is of use with the first
 _SECONDS = 300  # after which a compiler is given up
 _log = logging.getLogger(__name__)
 
@@ -48,7 +48,8 @@ def processor() -> list[str]:
     if able["architecture"] != "x86_64":
         return []
     if level == "AVX512" and all(able[name] for name in _AVX512):
-        every = _AVX512 | (_BFLOAT16 if able["avx512_bf16"] else {})
+        more = {name: flag for name, flag in _BFLOAT16.items() if able[name]} if able["avx512_bf16"] else {}
+        every = _AVX512 | more
     elif level in ("AVX2", "AVX512") and all(able[name] for name in _AVX2):
         every = _AVX2
     else:

@@ -154,6 +154,34 @@ struct Single {
 };
 
 #if WQ_BFLOAT16
+#if defined(__AVX512VBMI__)
+constexpr bool BYTE_LOOKUP = true;
+constexpr uint64_t EVERY_OTHER_BYTE = 0xAAAAAAAAAAAAAAAA;
+
+// The bytes of `code - 128` in bfloat16.
+struct Halved {
+  uint8_t bytes[256];
+
+  constexpr explicit Halved(int shift) : bytes{} {
+    for (int i = 0; i < 256; ++i)
+      bytes[i] = static_cast<uint8_t>(__builtin_bit_cast(uint32_t, static_cast<float>(i - 128)) >> shift);
+  }
+
+  [[gnu::always_inline]] static __m512i look(const Halved& table, Words at) {
+    const __m512i index = (__m512i)at;
+    const auto quarter = [&](int i) { return _mm512_load_si512(table.bytes + 64 * i); };
+    const __m512i below = _mm512_permutex2var_epi8(quarter(0), index, quarter(1));
+    const __m512i above = _mm512_permutex2var_epi8(quarter(2), index, quarter(3));
+    return _mm512_mask_blend_epi8(_mm512_movepi8_mask(index), below, above);
+  }
+
+  static const Halved low, high;
+};
+alignas(64) constexpr Halved Halved::low{16}, Halved::high{24};
+#else
+constexpr bool BYTE_LOOKUP = false;
+#endif
+
 // Two columns at a time, in bfloat16, added up in float32.
 struct Pair {
   using Element = uint16_t;
@@ -172,7 +200,11 @@ struct Pair {
 
   template <int BITS>
   static Weight weight(const Words* words, int step) {
-    if constexpr (BITS == 8) {
+    if constexpr (BITS == 8 && BYTE_LOOKUP) {  // both halves of a weight by lookups, those of four columns at once
+      const __m512i low = Halved::look(Halved::low, words[0]), high = Halved::look(Halved::high, words[0]);
+      if (step == 0) return _mm512_mask_blend_epi8(EVERY_OTHER_BYTE, low, _mm512_slli_epi16(high, 8));
+      return _mm512_mask_blend_epi8(EVERY_OTHER_BYTE, _mm512_srli_epi16(low, 8), high);
+    } else if constexpr (BITS == 8) {
       const __m512i codes = _mm512_and_si512(_mm512_srli_epi16((__m512i)words[0], 8 * step), _mm512_set1_epi16(255));
       const __m512i both = _mm512_sub_epi16(codes, _mm512_set1_epi16(128));
       const __m512i even = _mm512_srai_epi32(_mm512_slli_epi32(both, 16), 16), odd = _mm512_srai_epi32(both, 16);
