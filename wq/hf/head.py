@@ -23,7 +23,7 @@ from wq.scheme import Scheme
 from wq.solvers import rtn
 from wq.structure.linears import auto_group_size
 
-_ROWS = 4096  # rounded at once, so that memory stays near the packed size
+_ROWS = 1024  # rounded at once, so that memory stays near the packed size
 
 
 class Head:
@@ -54,15 +54,13 @@ class Head:
             raise ModelError(f"{path} is {where}: head_bits takes a head that is whole in memory. Leave it out.")
         inner: Any = model.get_input_embeddings()
         head = cls(path, getattr(inner, "weight", None) is dense.weight)
-        finite(f"{path}.weight", weight)
         scheme = Scheme(bits, auto_group_size({path: weight.shape[1]}), True, _name(model.dtype))
         layer = packed_like(dense, scheme, model.dtype)
-        for leaf, tensor in _packed(weight, scheme).items():
+        for leaf, tensor in _packed(f"{path}.weight", weight, scheme, mapped).items():
             setattr(layer, leaf, nn.Parameter(tensor, requires_grad=False))
         model.set_submodule(path, layer)
         head.untie(model)
         layer.prepare(model.dtype)
-        mapped.forget(weight)
         return head
 
     def untie(self, model: PreTrainedModel) -> None:
@@ -93,10 +91,18 @@ class Head:
             del state[name]
 
 
-def _packed(weight: Tensor, scheme: Scheme) -> dict[str, Tensor]:
-    """The tensors of a `WqLinear`, piece by piece."""
-    pieces = [compressed_tensors.pack(rtn.solve(rows, None, scheme), scheme) for rows in weight.split(_ROWS)]
-    return {leaf: torch.cat([piece[leaf] for piece in pieces]) for leaf in ("weight_packed", "weight_scale")}
+def _packed(name: str, weight: Tensor, scheme: Scheme, mapped: Mapped) -> dict[str, Tensor]:
+    """The tensors of a `WqLinear`, filled piece by piece."""
+    made: dict[str, Tensor] = {}
+    for start in range(0, len(weight), _ROWS):
+        rows = finite(name, weight[start : start + _ROWS])
+        piece = compressed_tensors.pack(rtn.solve(rows, None, scheme), scheme)
+        for leaf in ("weight_packed", "weight_scale"):
+            if not start:
+                made[leaf] = piece[leaf].new_empty(len(weight), piece[leaf].shape[1])
+            made[leaf][start : start + len(rows)] = piece[leaf]
+        mapped.forget(rows)
+    return made
 
 
 def _name(dtype: torch.dtype) -> str:
