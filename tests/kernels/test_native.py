@@ -65,12 +65,29 @@ def test_there_and_back_again_restores_the_words(bits: int, out_features: int, i
 
 
 @each_width
-def test_a_weight_is_repacked_a_piece_at_a_time(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_words_lie_as_the_docstring_says(bits: int) -> None:
+    packed, _, _ = random_weight(bits, True, 48, 96, 1)
+    ours = native.from_stream(packed, bits, 96)
+    side_by_side = packed.view(3, 16, -1).transpose(1, 2)
+    if bits == 3:
+        assert torch.equal(ours, side_by_side)
+        return
+    half = 16 // bits  # codes in half a word: those of even columns, then those of odd ones
+    for column in range(2 * half):
+        place = 16 * (column % 2) + bits * (column // 2)
+        mask = (1 << bits) - 1
+        assert torch.equal(ours >> place & mask, side_by_side >> bits * column & mask)
+
+
+@each_width
+def test_words_of_any_stride_are_laid_out(bits: int) -> None:
     packed, _, _ = random_weight(bits, True, 48, 96, 1)
     whole = native.from_stream(packed, bits, 96)
-    monkeypatch.setattr(native, "_STEP", 7)
-    assert torch.equal(native.from_stream(packed, bits, 96), whole)
-    assert torch.equal(native.to_stream(whole, bits), packed)
+    assert torch.equal(native.from_stream(packed.t().contiguous().t(), bits, 96), whole)
+    assert torch.equal(native.to_stream(whole.transpose(1, 2).contiguous().transpose(1, 2), bits), packed)
+    assert native.from_stream(packed.to("meta"), bits, 96).shape == whole.shape
+    with pytest.raises(RuntimeError, match="multiple of 16"):
+        native.from_stream(packed[:40], bits, 96)
 
 
 @pytest.mark.parametrize(

@@ -581,8 +581,79 @@ Tensor linear(const Tensor& given, const Tensor& packed, const Tensor& grid) {
   return y;
 }
 
+// --- layouts ---
+
+// Swaps that bring the codes of even columns into the low half of a word: what is `distance` bits above goes where the
+// mask is, and back. Hacker's Delight, section 7-2: the perfect unshuffle.
+struct Swap {
+  int distance;
+  uint32_t mask;
+};
+constexpr Swap SWAPS[] = {{2, 0x0C0C0C0C}, {4, 0x00F000F0}, {8, 0x0000FF00}};
+
+template <bool FORWARD>
+inline uint32_t parted(uint32_t word) {  // and, not FORWARD, put together again
+  if constexpr (WQ_BITS != 3) {
+    for (int i = 0; i < 3; ++i) {
+      const Swap swap = SWAPS[FORWARD ? i : 2 - i];
+      if (swap.distance < WQ_BITS) continue;
+      const uint32_t both = (word >> swap.distance ^ word) & swap.mask;
+      word ^= both ^ both << swap.distance;
+    }
+  }
+  return word;
+}
+
+// The words of a checkpoint, [rows, words], to the kernel's, [rows / 16, words, 16], or back.
+template <bool FORWARD>
+void move_words(const uint32_t* from, uint32_t* to, int64_t blocks, int64_t words) {
+  const int64_t grain = std::max<int64_t>(1, GRAIN / std::max<int64_t>(1, words * BLOCK));
+  torch::stable::parallel_for(0, blocks, grain, [&](int64_t first, int64_t last) {
+    for (int64_t block = first; block < last; ++block) {
+      const uint32_t* const source = from + block * words * BLOCK;
+      uint32_t* const made = to + block * words * BLOCK;
+      for (int64_t word = 0; word < words; ++word)
+        for (int row = 0; row < BLOCK; ++row) {
+          const int64_t in_stream = row * words + word, in_block = word * BLOCK + row;
+          if constexpr (FORWARD) made[in_block] = parted<true>(source[in_stream]);
+          else made[in_stream] = parted<false>(source[in_block]);
+        }
+    }
+  });
+}
+
+Tensor lay(const Tensor& given) {
+  STD_TORCH_CHECK(given.dim() == 2 && given.scalar_type() == ScalarType::Int && given.size(0) % BLOCK == 0,
+                  "words must be int32 [rows, words], and rows a multiple of ", BLOCK);
+  const Tensor words = given.is_contiguous() ? given : torch::stable::contiguous(given);
+  const int64_t blocks = words.size(0) / BLOCK, count = words.size(1);
+  Tensor made = torch::stable::new_empty(words, {blocks, count, BLOCK});
+  move_words<true>(static_cast<const uint32_t*>(words.data_ptr()), static_cast<uint32_t*>(made.data_ptr()), blocks,
+                   count);
+  return made;
+}
+
+Tensor unlay(const Tensor& given) {
+  STD_TORCH_CHECK(given.dim() == 3 && given.scalar_type() == ScalarType::Int && given.size(2) == BLOCK,
+                  "packed must be int32 [blocks, words, ", BLOCK, "]");
+  const Tensor packed = given.is_contiguous() ? given : torch::stable::contiguous(given);
+  const int64_t blocks = packed.size(0), count = packed.size(1);
+  Tensor made = torch::stable::new_empty(packed, {blocks * BLOCK, count});
+  move_words<false>(static_cast<const uint32_t*>(packed.data_ptr()), static_cast<uint32_t*>(made.data_ptr()), blocks,
+                    count);
+  return made;
+}
+
 }  // namespace
 
-STABLE_TORCH_LIBRARY(WQ_NAMESPACE, library) { library.def("linear(Tensor x, Tensor packed, Tensor grid) -> Tensor"); }
+STABLE_TORCH_LIBRARY(WQ_NAMESPACE, library) {
+  library.def("linear(Tensor x, Tensor packed, Tensor grid) -> Tensor");
+  library.def("lay(Tensor words) -> Tensor");
+  library.def("unlay(Tensor packed) -> Tensor");
+}
 
-STABLE_TORCH_LIBRARY_IMPL(WQ_NAMESPACE, CPU, library) { library.impl("linear", TORCH_BOX(&linear)); }
+STABLE_TORCH_LIBRARY_IMPL(WQ_NAMESPACE, CPU, library) {
+  library.impl("linear", TORCH_BOX(&linear));
+  library.impl("lay", TORCH_BOX(&lay));
+  library.impl("unlay", TORCH_BOX(&unlay));
+}

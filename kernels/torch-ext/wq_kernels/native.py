@@ -41,11 +41,7 @@ _MANY = 9  # rows, for which weights go through a panel on every processor
 _SOURCE = Path(__file__).with_name("native.cpp")
 _BLOCK = 16  # rows of W side by side
 _UNIT = 32  # columns: whole words at any width
-_STEP = 1 << 20  # words repacked at a time
 _WIDTHS = (2, 3, 4, 8)
-# Swaps that bring the codes of even columns into the low half of a word: what is `distance` bits above goes where the
-# mask is, and back. Hacker's Delight, section 7-2: the perfect unshuffle.
-_SWAPS = ((2, 0x0C0C0C0C), (4, 0x00F000F0), (8, 0x0000FF00))
 _BF16, _F32, _U8 = torch.bfloat16, torch.float32, torch.uint8
 
 
@@ -93,17 +89,18 @@ def unusable(bits: int = 4) -> str:
     return ""
 
 
-def op(bits: int) -> Any:
-    """The op: x `[..., K]`, packed, grid to `[..., N]`. Raises CompileError when there can be none."""
-    return getattr(torch.ops, _NAMES[bits]()).linear.default
+def op(bits: int, name: str = "linear") -> Any:
+    """x `[..., K]`, packed, grid to `[..., N]`; or another of the ops. Raises CompileError when there can be none."""
+    return getattr(getattr(torch.ops, _NAMES[bits]()), name).default
 
 
 @cache
 def _loaded(bits: int) -> str:
     """The namespace of the op."""
     space = compiler.load(_SOURCE, WQ_BITS=bits)
-    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"{space.name}::linear", "Meta"):
-        torch.library.register_fake(f"{space.name}::linear", _shape)
+    for name, shape in _SHAPES.items():
+        if not torch._C._dispatch_has_kernel_for_dispatch_key(f"{space.name}::{name}", "Meta"):
+            torch.library.register_fake(f"{space.name}::{name}", shape)
     return str(space.name)
 
 
@@ -119,8 +116,11 @@ def _name_of(bits: int) -> Callable[[], str]:
 _NAMES = {bits: _name_of(bits) for bits in _WIDTHS}
 
 
-def _shape(x: Tensor, packed: Tensor, grid: Tensor) -> Tensor:
-    return x.new_empty(*x.shape[:-1], packed.shape[0] * _BLOCK)
+_SHAPES: dict[str, Callable[..., Tensor]] = {
+    "linear": lambda x, packed, grid: x.new_empty(*x.shape[:-1], packed.shape[0] * _BLOCK),
+    "lay": lambda words: words.new_empty(words.shape[0] // _BLOCK, words.shape[1], _BLOCK),
+    "unlay": lambda packed: packed.new_empty(packed.shape[0] * _BLOCK, packed.shape[1]),
+}
 
 
 # --- layouts ---
@@ -128,32 +128,14 @@ def _shape(x: Tensor, packed: Tensor, grid: Tensor) -> Tensor:
 
 def from_stream(packed: Tensor, bits: int, in_features: int) -> Tensor:
     """The kernel's words from those of a checkpoint (see `reference`)."""
-    rows, words = packed.shape
-    out = packed.view(rows // _BLOCK, _BLOCK, words).transpose(1, 2).clone(memory_format=torch.contiguous_format)
-    return _swapped(out, _swaps(bits))
+    made: Tensor = op(bits, "lay")(packed)
+    return made
 
 
 def to_stream(packed: Tensor, bits: int) -> Tensor:
     """The inverse of `from_stream`: the words that the checkpoint held."""
-    blocks, words, _ = packed.shape
-    out = packed.transpose(1, 2).clone(memory_format=torch.contiguous_format)
-    return _swapped(out, _swaps(bits)[::-1]).view(blocks * _BLOCK, words)
-
-
-def _swaps(bits: int) -> tuple[tuple[int, int], ...]:
-    return () if bits == 3 else tuple(swap for swap in _SWAPS if swap[0] >= bits)
-
-
-def _swapped(words: Tensor, swaps: tuple[tuple[int, int], ...]) -> Tensor:
-    """In place, a piece at a time."""
-    flat = words.view(-1)
-    for start in range(0, 0 if words.is_meta else flat.numel(), _STEP):
-        piece = flat[start : start + _STEP]
-        for distance, mask in swaps:
-            both = (piece >> distance).bitwise_xor_(piece).bitwise_and_(mask)
-            piece ^= both
-            piece ^= both << distance
-    return words
+    made: Tensor = op(bits, "unlay")(packed)
+    return made
 
 
 def make_grid(scale: Tensor, zero: Tensor | None, bits: int, out_features: int, in_features: int) -> Tensor:
