@@ -6,8 +6,9 @@ A dense repo is rounded to nearest while it loads. A gptq, awq, auto-round or co
 layers and stays packed; `save_pretrained` writes it as it was. `WqConfig(dequantize=True)` gives an ordinary dense
 model.
 
-`config` is the flag, `quantizer` the hooks, `conversion` the tensors on their way, `takeover` the one function of
-transformers that is wrapped, `load` and `compile_config` helpers for scripts.
+`config` is the flag, `quantizer` the hooks, `conversion` the tensors on their way, `head` the layer that makes logits,
+where that is rounded, `takeover` the one function of transformers that is wrapped, `load` and `compile_config` helpers
+for scripts.
 """
 
 from wq.hf.config import WqConfig
