@@ -100,7 +100,9 @@ def _distilled(
     if sum(takes.values()) > min(free_bytes(place), budget or free_bytes(place)):
         return fit
     work = Work(flops=distillation_work(made.parameters, wanted.reserve, wanted.seqlen, rates))
-    return replace(fit, moments=[*fit.moments, Moment("distillation", takes, work=work)])
+    moments = [*fit.moments, Moment("distillation", takes, work=work)]
+    # What was learned is noted before it is put in its place; nothing else is by then.
+    return replace(fit, moments=moments, journal=max(fit.journal, fit.checkpoint))
 
 
 def _described(source: Source, made: Plan, fit: Estimate, place: torch.device) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import torch
 from hub_server import HubServer
 from torch import nn
 
-from wq import formats, solvers
+from wq import formats, planning, solvers
 from wq.errors import BudgetError
 from wq.pipeline import estimate
 from wq.pipeline.estimate import Job
@@ -102,6 +102,18 @@ def test_every_architecture_is_estimated(architecture: str, method: str, tiny_mo
     assert made.journal == {"gptq": 4 * streams, "awq": 2 * streams, "rtn": 0}[method]
     for moment in made.moments:
         assert all(count >= 0 for count in moment.parts.values()), moment
+
+
+@pytest.mark.parametrize(("architecture", "distilled"), [("llama", True), ("mixtral", True), ("t5", False)])
+def test_what_best_does_behind_its_solver_is_counted(architecture: str, distilled: bool, tiny_model: TinyModel) -> None:
+    options: dict[str, Any] = {"calibration": "builtin", "samples": 48, "seqlen": 64, "group_size": 32}
+    best, plain = (planning.plan(tiny_model(architecture), preset=name, **options) for name in ("best", "balanced"))
+    moments = [one for one in best["moments"] if one["name"] == "distillation"]
+    assert len(moments) == distilled
+    assert all(one["name"] != "distillation" for one in plain["moments"])
+    if distilled:
+        assert moments[0]["parts"]["two models"] == 2 * 4 * best["parameters"]
+        assert best["disk_bytes"]["journal"] >= best["checkpoint_bytes"]  # the note of what was learned
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen3", "gpt2", "mixtral", "qwen3_vl_moe", "t5"])
