@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from wq.layers import ops
-from wq_kernels import native, reference
+from wq_kernels import compiler, native, reference
 
 BITS = (2, 3, 4, 8)
 BF16 = torch.bfloat16
@@ -88,6 +88,18 @@ def test_words_of_any_stride_are_laid_out(bits: int) -> None:
     assert native.from_stream(packed.to("meta"), bits, 96).shape == whole.shape
     with pytest.raises(RuntimeError, match="multiple of 16"):
         native.from_stream(packed[:40], bits, 96)
+
+
+@pytest.mark.skipif("-mavx512vbmi" not in compiler.processor(), reason="this processor has no lookup of bytes")
+@pytest.mark.parametrize("rows", [1, 20])
+def test_bytes_that_are_looked_up_are_those_that_are_converted(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    packed, grid, _ = prepared(8, 64, 128, 2)
+    x = torch.randn(rows, 128).to(BF16)
+    looked_up = native.multiply(x, packed, grid, 8)
+    flags = [flag for flag in compiler.processor() if flag != "-mavx512vbmi"]
+    monkeypatch.setattr(compiler, "processor", lambda: flags)
+    converted = compiler.load(native._SOURCE, WQ_BITS=8).linear.default(x, packed, grid)
+    assert torch.equal(looked_up, converted)
 
 
 @pytest.mark.parametrize(

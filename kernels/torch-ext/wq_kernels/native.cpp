@@ -155,7 +155,6 @@ struct Single {
 
 #if WQ_BFLOAT16
 #if defined(__AVX512VBMI__)
-constexpr bool BYTE_LOOKUP = true;
 constexpr uint64_t EVERY_OTHER_BYTE = 0xAAAAAAAAAAAAAAAA;
 
 // The bytes of `code - 128` in bfloat16.
@@ -178,8 +177,6 @@ struct Halved {
   static const Halved low, high;
 };
 alignas(64) constexpr Halved Halved::low{16}, Halved::high{24};
-#else
-constexpr bool BYTE_LOOKUP = false;
 #endif
 
 // Two columns at a time, in bfloat16, added up in float32.
@@ -200,17 +197,19 @@ struct Pair {
 
   template <int BITS>
   static Weight weight(const Words* words, int step) {
-    if constexpr (BITS == 8 && BYTE_LOOKUP) {  // both halves of a weight by lookups, those of four columns at once
+    if constexpr (BITS == 8) {
+#if defined(__AVX512VBMI__)  // both halves of a weight by lookups, those of four columns at once
       const __m512i low = Halved::look(Halved::low, words[0]), high = Halved::look(Halved::high, words[0]);
       if (step == 0) return _mm512_mask_blend_epi8(EVERY_OTHER_BYTE, low, _mm512_slli_epi16(high, 8));
       return _mm512_mask_blend_epi8(EVERY_OTHER_BYTE, _mm512_srli_epi16(low, 8), high);
-    } else if constexpr (BITS == 8) {
+#else
       const __m512i codes = _mm512_and_si512(_mm512_srli_epi16((__m512i)words[0], 8 * step), _mm512_set1_epi16(255));
       const __m512i both = _mm512_sub_epi16(codes, _mm512_set1_epi16(128));
       const __m512i even = _mm512_srai_epi32(_mm512_slli_epi32(both, 16), 16), odd = _mm512_srai_epi32(both, 16);
       const __m512i low = _mm512_castps_si512(_mm512_cvtepi32_ps(even));
       const __m512i high = _mm512_castps_si512(_mm512_cvtepi32_ps(odd));
       return _mm512_mask_blend_epi16(0xAAAAAAAA, _mm512_srli_epi32(low, 16), high);
+#endif
     } else {
       __m512i index;  // of which the lookup reads five bits: the table repeats itself
       if constexpr (BITS == 3) {
