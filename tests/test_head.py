@@ -12,7 +12,7 @@ import pytest
 import support
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel
+from transformers import AutoModel, AutoModelForCausalLM
 
 from wq.errors import CheckpointError, ModelError, SchemeError
 from wq.evaluate import evaluate
@@ -87,7 +87,36 @@ def test_what_is_saved_is_the_checkpoint(packed: Callable[[str], Path], tmp_path
 
 def test_a_head_of_its_own_cannot_be_saved_once_it_is_rounded(packed: Callable[[str], Path], tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="lm_head was rounded as the model loaded.*without head_bits"):
-        rounded(packed("llama")).save_pretrained(tmp_path)
+        rounded(packed("llama")).save_pretrained(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("options", [{"format": "gptq"}, {"format": "awq", "symmetric": False}])
+def test_repos_of_other_formats_stay_as_they_were(
+    options: dict[str, Any], tiny_model: TinyModel, tmp_path: Path
+) -> None:
+    quantize(tiny_model("qwen3"), tmp_path / "packed", method="rtn", group_size=32, **options)
+    model = rounded(tmp_path / "packed", dtype="auto")
+    assert isinstance(model.lm_head, WqLinear)
+    model.save_pretrained(tmp_path / "again")
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("packed", "again"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_another_dtype_and_a_compiled_forward(packed: Callable[[str], Path]) -> None:
+    model = rounded(packed("qwen3"))
+    expected = support.logits(model)
+    assert torch.allclose(support.logits(torch.compile(model, backend="eager")), expected, rtol=1e-4, atol=1e-5)
+    close = support.logits(model.to(torch.bfloat16)).float()
+    assert (close - expected).norm() / expected.norm() < 0.03
+
+
+def test_a_head_that_is_offloaded_is_refused(packed: Callable[[str], Path], tmp_path: Path) -> None:
+    where = {"model": "cpu", "lm_head": "disk"}
+    options: dict[str, Any] = {"device_map": where, "offload_folder": tmp_path, "dtype": torch.float32}
+    with pytest.raises(ModelError, match="lm_head is offloaded: head_bits takes a head that is whole"):
+        AutoModelForCausalLM.from_pretrained(packed("llama"), quantization_config=WqConfig(head_bits=8), **options)
 
 
 def test_dequantizing_gives_a_tied_head_its_weight_back(packed: Callable[[str], Path], tmp_path: Path) -> None:

@@ -70,6 +70,18 @@ def test_without_a_base_nothing_is_compared(pair: tuple[Path, Path]) -> None:
     assert "base" not in result
 
 
+def test_the_model_s_head_is_rounded_and_the_base_s_is_not(
+    pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heads: list[str] = []
+    measure = module._MEASURES["prefill"]
+    noted = {"prefill": lambda model: (heads.append(type(model.lm_head).__name__), measure(model))[1]}
+    monkeypatch.setattr(module, "_MEASURES", {**module._MEASURES, **noted})
+    module.speed(pair[1], base=pair[0], compiled=False, head_bits=8)
+    assert set(heads[::2]) == {"WqLinear"}
+    assert set(heads[1::2]) == {"Linear"}
+
+
 def test_what_cannot_be_compiled_says_why_and_the_rest_is_measured(
     pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -119,6 +119,18 @@ def test_figures_go_into_the_report_and_the_card(result: dict[str, Any], packed:
 
 
 @pytest.mark.usefixtures("_harness")
+def test_a_rounded_head_is_told_and_leaves_the_folder_s_own_figures_alone(
+    result: dict[str, Any], packed: Path, base: Path, own_tasks: Path
+) -> None:
+    options: dict[str, Any] = {"limit": 20, "include_path": own_tasks, "dtype": "float32"}
+    found = tasks.evaluate(packed, ["colours"], base=base, head_bits=8, **options)
+    known = report.load(packed)
+    assert (found["head_bits"], "head_bits" in result) == (8, False)
+    assert known is not None
+    assert known["tasks"] == json.loads(json.dumps(result))
+
+
+@pytest.mark.usefixtures("_harness")
 def test_the_command_line_runs_a_task_of_ones_own(
     own_tasks: Path, tiny_model: TinyModel, capsys: pytest.CaptureFixture[str]
 ) -> None:

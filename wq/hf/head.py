@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -49,12 +48,13 @@ class Head:
             raise ModelError(f"{type(model).__name__} has no linear layer that makes logits; leave head_bits out.")
         path = next(name for name, module in model.named_modules() if module is dense)
         weight = dense.weight.detach()
-        if weight.is_meta or parallel.is_split(dense):
+        if weight.is_meta or parallel.processes(model) > 1:
             where = "offloaded" if weight.is_meta else "split over processes"
             raise ModelError(f"{path} is {where}: head_bits takes a head that is whole in memory. Leave it out.")
         inner: Any = model.get_input_embeddings()
         head = cls(path, getattr(inner, "weight", None) is dense.weight)
-        scheme = Scheme(bits, auto_group_size({path: weight.shape[1]}), True, _name(model.dtype))
+        dtype = str(model.dtype).removeprefix("torch.")
+        scheme = Scheme(bits, auto_group_size({path: weight.shape[1]}), True, dtype)
         layer = packed_like(dense, scheme, model.dtype)
         for leaf, tensor in _packed(f"{path}.weight", weight, scheme, mapped).items():
             setattr(layer, leaf, nn.Parameter(tensor, requires_grad=False))
@@ -80,13 +80,16 @@ class Head:
                 del model._tied_weights_keys  # the instance's: the class has what it was
             model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
 
-    def take_from(self, state: dict[str, Tensor]) -> None:
-        """Leave a rounded head out of what is saved. Raises ModelError if nothing else in the model has its weight."""
+    def check_saved(self) -> None:
+        """Raise ModelError if nothing else in the model has the head's weight, so that it cannot be saved."""
         if not self.tied:
             raise ModelError(
                 f"{self.path} was rounded as the model loaded, and its weight is not there any more. "
                 "To save the model, load it without head_bits."
             )
+
+    def take_from(self, state: dict[str, Tensor]) -> None:
+        """Leave the rounded head out of what is saved: its weight is the embedding's."""
         for name in [name for name in state if name.rpartition(".")[0] == self.path and not name.endswith(".bias")]:
             del state[name]
 
@@ -103,7 +106,3 @@ def _packed(name: str, weight: Tensor, scheme: Scheme, mapped: Mapped) -> dict[s
             made[leaf][start : start + len(rows)] = piece[leaf]
         mapped.forget(rows)
     return made
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -250,6 +250,9 @@ class WqQuantizer(HfQuantizer):
         return model
 
     def is_serializable(self) -> bool:
+        """Asked before a file is written. Raises ModelError for a model whose head's weight is gone."""
+        if self.head is not None:
+            self.head.check_saved()
         return True
 
     @property
