@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,20 @@ def test_several_texts_are_read_by_one_loading(
     for one in single:
         assert f"| perplexity, {one['text']} | {one['base']['perplexity']:.3f} | {one['perplexity']:.3f} |" in card
         assert f"| 95 % interval of the mean KL, {one['text']} | | {report.interval(one['kl'])} |" in card
+
+
+def test_every_window_begins_as_the_tokenizer_begins_a_text(tiny_model: TinyModel, text: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_model(), tmp_path / "model"))
+    tiny_models.opening_tokenizer().save_pretrained(folder)
+    tokens = read_tokens(str(text), tiny_models.opening_tokenizer(), 128)
+    plain = read_tokens(str(text), tiny_models.tokenizer(), 127)
+    assert torch.equal(tokens, torch.nn.functional.pad(plain, (1, 0))[: len(tokens)])  # <s> is 0
+    result = evaluate(folder, text=str(text), seqlen=128, windows=2, dtype="float32")
+    assert result["bos"] is True
+    target = tokens[:2, 1:].flatten()
+    nll = -log_probabilities(folder, tokens[:2]).gather(1, target[:, None]).mean()
+    assert result["perplexity"] == pytest.approx(math.exp(nll), rel=1e-5)
+    assert "bos" not in evaluate(tiny_model(), text=str(text), seqlen=128, windows=2, dtype="float32")
 
 
 def test_code_is_python_of_many_authors() -> None:

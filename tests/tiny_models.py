@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -182,3 +182,10 @@ def make(folder: Path, architecture: str, dtype: torch.dtype = torch.float32, se
     model.save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return folder
+
+
+def opening_tokenizer() -> PreTrainedTokenizerFast:
+    """One that puts `<s>` before every text, as those of Llama and Gemma do."""
+    made = tokenizer()
+    made._tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    return made

@@ -28,6 +28,7 @@ from torch.nn import functional
 from wq import report
 from wq.errors import CalibrationError, ModelError, first_line
 from wq.machine import default_device
+from wq.pipeline import calibration
 
 WIKITEXT = "wikitext"
 BUILTIN = "builtin"
@@ -95,6 +96,7 @@ def evaluate(
                 "text": Path(name).name,
                 "windows": len(rows),
                 "seqlen": seqlen,
+                **({"bos": True} if calibration.opening(tokenizer) else {}),
                 "dtype": str(subject.dtype).removeprefix("torch."),
                 "device": place,
                 "seconds": round(time.perf_counter() - started, 1),
@@ -117,15 +119,17 @@ def _check_decoder(name: str | os.PathLike[str], model: Any) -> None:
 
 
 def read_tokens(text: str, tokenizer: Any, seqlen: int, windows: int | None = None) -> Tensor:
-    """The evaluation text as windows of tokens, int64 `[windows, seqlen]`; the tail that fills none is dropped."""
+    """The evaluation text as windows of tokens, int64 `[windows, seqlen]`; the tail that fills none is dropped.
+
+    Each begins as the tokenizer begins a text (`wq.pipeline.calibration.cut`).
+    """
     if seqlen < 2:
         raise CalibrationError(f"--seqlen {seqlen}: a window needs at least 2 tokens.")
-    ids = tokenizer(_read_text(text), return_tensors="pt", verbose=False)["input_ids"][0]
-    count = len(ids) // seqlen
-    if not count:
+    ids = tokenizer(_read_text(text), verbose=False)["input_ids"]
+    found = calibration.cut(ids, tokenizer, seqlen)[:windows]
+    if not len(found):
         raise CalibrationError(f"evaluation text {text} has {len(ids)} tokens, fewer than one window of {seqlen}.")
-    count = count if windows is None else min(windows, count)
-    return ids[: count * seqlen].reshape(count, seqlen)
+    return found
 
 
 def _read_text(text: str) -> str:

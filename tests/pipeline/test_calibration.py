@@ -33,6 +33,28 @@ def test_windows_are_packed_without_padding_and_separated_by_the_end_token() -> 
     assert len(loaded.tokens) == total // 64  # fewer than asked for, and no more than there are
 
 
+def test_every_window_begins_as_the_tokenizer_begins_a_text() -> None:
+    tokenizer, plain = tiny_models.opening_tokenizer(), tiny_models.tokenizer()
+    assert calibration.opening(plain) == []
+    assert calibration.opening(tokenizer) == [0] == tokenizer("")["input_ids"]
+    tokens = calibration.load(LINES, tokenizer, samples=1000, seqlen=64).tokens
+    assert (tokens[:, 0] == 0).all()
+    rest = tokens[:, 1:].flatten()  # and nothing is lost between two windows
+    assert not (rest == 0).any()
+    stream = calibration.load(LINES, plain, samples=1000, seqlen=63).tokens.flatten()
+    assert torch.equal(rest, stream[: len(rest)])
+    assert len(stream) - len(rest) < 63
+
+
+def test_a_stream_that_begins_with_the_opening_has_it_once() -> None:
+    tokenizer = tiny_models.opening_tokenizer()
+    wanted = [[0, 5, 6], [0, 7, 8]]
+    assert calibration.cut([5, 6, 7, 8, 9], tokenizer, 3).tolist() == wanted
+    assert calibration.cut([0, 5, 6, 7, 8, 9], tokenizer, 3).tolist() == wanted
+    assert calibration.cut([5, 6], tokenizer, 1).tolist() == [[5], [6]]
+    assert calibration.cut([5], tokenizer, 3).shape == (0, 3)
+
+
 @pytest.mark.parametrize("suffix", ["txt", "jsonl", "parquet"])
 def test_files_of_every_kind_hold_the_same_text(suffix: str, tmp_path: Path) -> None:
     tokenizer = tiny_models.tokenizer()

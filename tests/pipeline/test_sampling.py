@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
 from itertools import pairwise
@@ -49,6 +50,16 @@ def test_windows_are_whole_and_of_known_tokens(architecture: str, tiny_model: Ti
     assert int(tokens[0, 0]) == 0  # <s>
     assert int(tokens.max()) < len(tiny_models.tokenizer())  # the model's vocabulary is larger
     assert len(tokens.unique()) > 60
+
+
+def test_every_window_begins_as_the_tokenizer_begins_a_text(tiny_model: TinyModel, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_model(), tmp_path / "model"))
+    tiny_models.opening_tokenizer().save_pretrained(folder)
+    with open_source(folder) as source:
+        tokens = sample(source)
+    assert tokens.shape == (6, 40)
+    assert (tokens[:, 0] == 0).all()
+    assert int(tokens[0, 1]) != 0
 
 
 def test_the_seed_decides(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:

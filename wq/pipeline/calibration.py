@@ -1,14 +1,16 @@
 """Text to learn activations from: where it comes from, and how it becomes windows of tokens.
 
 Documents are shuffled by the seed, tokenized, joined by the end-of-text token and cut into windows of equal length:
-no padding, which would teach the statistics about padding.
+no padding, which would teach the statistics about padding. A window begins as every prompt does: with the token that
+the tokenizer puts before a text, if it puts one. Without it some models are not themselves: Gemma 3 270M has a
+perplexity of 23 with it and of 64 without.
 """
 
 from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -98,10 +100,28 @@ def _windows(texts: list[str], tokenizer: Any, samples: int, seqlen: int) -> Ten
             stream.append(separator)
         if len(stream) >= samples * seqlen:
             break
-    count = min(samples, len(stream) // seqlen)
-    if not count:
-        return torch.empty(0, len(stream), dtype=torch.int64)
-    return torch.tensor(stream[: count * seqlen]).reshape(count, seqlen)
+    found = cut(stream, tokenizer, seqlen)[:samples]
+    return found if len(found) else torch.empty(0, len(stream), dtype=torch.int64)
+
+
+def opening(tokenizer: Any) -> list[int]:
+    """The token that the tokenizer puts before every text; nothing if it puts none."""
+    bos = tokenizer.bos_token_id
+    return [bos] if bos is not None and tokenizer("")["input_ids"][:1] == [bos] else []
+
+
+def cut(stream: Sequence[int], tokenizer: Any, seqlen: int) -> Tensor:
+    """A text's tokens as windows, int64 `[windows, seqlen]`, each behind the tokenizer's `opening`.
+
+    The tail that fills no window is dropped.
+    """
+    first = opening(tokenizer) if seqlen > 1 else []
+    if first and list(stream[:1]) == first:
+        stream = stream[1:]
+    body = seqlen - len(first)
+    count = len(stream) // body
+    rows = torch.tensor(stream[: count * body], dtype=torch.int64).reshape(count, body)
+    return torch.cat([torch.tensor(first, dtype=torch.int64).expand(count, -1), rows], dim=1)
 
 
 def _documents(source: str | Iterable[str], tokenizer: Any) -> tuple[str, Iterator[str]]:

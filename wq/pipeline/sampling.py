@@ -19,7 +19,7 @@ from torch import Tensor
 
 from wq.errors import CalibrationError, ModelError
 from wq.machine import release_memory
-from wq.pipeline.calibration import Calibration
+from wq.pipeline.calibration import Calibration, cut
 from wq.pipeline.source import Source
 
 SELF = "self"
@@ -60,7 +60,7 @@ def sample(
     finally:
         source.unload(source.model)
         release_memory()
-    tokens = torch.tensor(stream).reshape(samples, seqlen)
+    tokens = cut(stream, source.tokenizer, seqlen)[:samples]
     return Calibration(tokens, SELF, seed, hashlib.sha256(tokens.numpy().tobytes()).hexdigest(), samples)
 
 
