@@ -14,7 +14,7 @@ import tiny_models
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from wq.errors import CheckpointError, FormatError, GroupSizeError, ModelError, SchemeError
 from wq.hf import WqConfig, load
@@ -117,7 +117,7 @@ def test_dequantize_gives_an_ordinary_dense_model(packed: Callable[..., Path], t
 
 STOCK = """
 import sys, torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32)
 with torch.no_grad():
     torch.save(model(input_ids=torch.arange(2, 50).reshape(2, 24)).logits, sys.argv[2])
@@ -204,6 +204,57 @@ def test_a_damaged_checkpoint_is_an_error_not_random_weights(
     folder = _damage(packed(), tmp_path, change)
     with pytest.raises(CheckpointError, match=message):
         from_pretrained(folder, quantization_config=WqConfig())
+
+
+@pytest.mark.parametrize("format", ["compressed-tensors", "gptq", "awq"])
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "gemma2"])
+def test_a_class_without_the_head_reads_the_repo_without_it(
+    architecture: str, format: str, packed: Callable[..., Path]
+) -> None:
+    folder, ids = packed(architecture, format=format, symmetric=False), torch.arange(2, 26).reshape(1, 24)
+    whole = from_pretrained(folder, quantization_config=WqConfig())
+    base = AutoModel.from_pretrained(folder, dtype=torch.float32, quantization_config=WqConfig())
+    assert type(base) is type(whole.model)
+    assert packed_layers(base) == packed_layers(whole)
+    with torch.no_grad():
+        assert torch.equal(base(ids).last_hidden_state, whole.model(ids).last_hidden_state)
+
+
+def test_a_packed_head_is_left_out_with_its_class() -> None:
+    folder = Path(__file__).parent / "golden" / "peers" / "gptqmodel-head"
+    assert "lm_head.qweight" in load_file(folder / "model.safetensors")
+    whole = from_pretrained(folder, quantization_config=WqConfig())
+    base = AutoModel.from_pretrained(folder, dtype=torch.float32, quantization_config=WqConfig())
+    assert packed_layers(base) == packed_layers(whole) - 1 > 0
+
+
+def test_a_new_head_on_a_packed_model_is_initialised_and_saved(packed: Callable[..., Path], tmp_path: Path) -> None:
+    base = AutoModel.from_pretrained(packed(), dtype=torch.float32, quantization_config=WqConfig())
+    model = AutoModelForSequenceClassification.from_pretrained(
+        packed(), dtype=torch.float32, num_labels=3, quantization_config=WqConfig()
+    )
+    assert packed_layers(model) == packed_layers(base)
+    assert 0.5 < float(model.score.weight.detach().std()) / model.config.initializer_range < 2
+    model.config.pad_token_id = 0
+    scores = model(input_ids=torch.arange(2, 26).reshape(1, 24)).logits
+    scores.sum().backward()
+    assert scores.shape == (1, 3)
+    assert model.score.weight.grad.abs().sum() > 0
+    for one in (base, model):
+        one.save_pretrained(tmp_path / type(one).__name__)
+        again = type(one).from_pretrained(tmp_path / type(one).__name__, quantization_config=WqConfig())
+        assert again.state_dict().keys() == one.state_dict().keys()
+        assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in one.state_dict().items())
+
+
+@pytest.mark.parametrize("damage", ["layer missing", "norm missing", "a stranger"])
+def test_a_damaged_checkpoint_is_an_error_to_other_classes_too(
+    damage: str, packed: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = _damage(packed(), tmp_path, DAMAGES[damage][0])
+    for kind in (AutoModel, AutoModelForSequenceClassification):
+        with pytest.raises(CheckpointError, match=r"1 (missing|unexpected) tensors"):
+            kind.from_pretrained(folder, quantization_config=WqConfig())
 
 
 def test_a_dense_repo_that_lacks_a_weight_is_an_error(tiny_model: TinyModel, tmp_path: Path) -> None:

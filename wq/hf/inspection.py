@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,13 +33,17 @@ def inspect(model: PreTrainedModel, entries: Mapping[str, Entry], config: Mappin
     # A packed weight goes where the dense one would.
     weights = [f"{prefix}.weight" for prefix in packed]
     mapped, absent, unexpected = map_names(model, [*others, *weights])
-    _refuse(model, "missing", [name for name in absent if name not in direct])
+    foreign, new = _heads(model, unexpected), _heads(model, absent) if model.base_model is not model else set()
+    _refuse(model, "missing", [name for name in absent if name not in direct and name not in new])
     biases = {f"{prefix}.bias" for prefix in packed}  # of zeros, where the model has none: AutoGPTQ wrote them
-    _refuse(model, "unexpected", [n for n in unexpected if n not in biases or read_tensor(others[n]).any()])
+    left = [name for name in unexpected if name not in foreign]
+    _refuse(model, "unexpected", [name for name in left if name not in biases or read_tensor(others[name]).any()])
     check_plain(model, mapped, others)
     layers: dict[str, Stored] = {}
     parts: dict[str, dict[str, Stored]] = {}  # parameter of experts: how each of its pieces is stored
     for prefix, leaves in packed.items():
+        if f"{prefix}.weight" in foreign:
+            continue
         target, renamed_only = mapped[f"{prefix}.weight"]
         path = target.rpartition(".")[0]
         if renamed_only:
@@ -49,6 +53,18 @@ def inspect(model: PreTrainedModel, entries: Mapping[str, Entry], config: Mappin
             parts.setdefault(target, {})[prefix] = quantized.describe(prefix, leaves, config, shape)
     fused = {target: experts.common(model, target, pieces) for target, pieces in parts.items()}
     return Found(layers, fused | {name: experts.inspect_direct(model, name, direct[name]) for name in direct})
+
+
+def _heads(model: PreTrainedModel, names: Iterable[str]) -> set[str]:
+    """Tensors beside the base model, if another class is asked for than the checkpoint is of.
+
+    `AutoModel` reads a language model's repo without its head, and a classifier's class puts a new one on it: then
+    transformers leaves out what is on disk, or makes one and says so, and its user has asked for just that.
+    """
+    own = type(model).__name__
+    if own in (model.config.architectures or [own]):
+        return set()
+    return {name for name in names if not name.startswith(f"{model.base_model_prefix}.")}
 
 
 def _shape(model: nn.Module, path: str) -> tuple[int, int]:
