@@ -20,7 +20,6 @@ from wq.scheme import Scheme
 from wq.solvers import gptq, refine
 
 _SPREAD = 0.7, 1.6  # of the time that is computed: what runs have taken, see the benchmarks
-_ROUNDS = 3  # of refinement, at most
 _COLUMNS, _ROWS = 128, 512
 
 
@@ -101,5 +100,10 @@ def _loops(job: Job, rows: int, columns: int, pace: Pace) -> float:
     if job.solver is not solvers.get("gptq"):
         return weights * pace.search if job.samples else 0.0
     searched = 0.0 if "search" in job.without else weights * pace.search
-    refined = 0.0 if "refine" in job.without else _ROUNDS * (weights * pace.descend + products)
+    refined = 0.0 if "refine" in job.without else _refined(weights * pace.descend, products)
     return searched + weights * pace.sweep + products + refined
+
+
+def _refined(descend: float, products: float) -> float:
+    """All rounds: sweeps, each behind a product, and the scales of each, which take some four."""
+    return (refine.SETTLING + refine.SHAKES) * (refine.SWEEPS * (descend + products) + 4 * products)

@@ -12,7 +12,7 @@ come, by the inverse of the Hessian H = E[x xᵀ]. The name alone says little; w
 * What is approximated is what the dense model computes there, not what the dense weight makes of an input that the
   quantized layers before it have changed (`target`).
 * One Cholesky instead of three: with J the reversal and L = chol(J H J), J L⁻¹ J is the upper factor U of H⁻¹ = UᵀU.
-* Scales and codes are refined in turn afterwards (`refine`), for as long as tokens held out agree.
+* Scales and codes are refined in turn afterwards (`refine`); tokens held out choose the round.
 * A Hessian that will not factorise gets more damping, then float64, and only then falls back to weighted rounding,
   which the solution's `stats["fallback"]` says.
 """
@@ -36,7 +36,6 @@ STEPS = ("order", "refine", "search", "target")
 
 _BLOCK = 128  # columns whose errors are spread eagerly; later columns get them in one matrix product
 _DAMPING_CEILING = 0.5
-_REFINEMENTS = 3  # at most
 
 
 def solve(
@@ -85,17 +84,15 @@ def _refined(
     scheme: Scheme,
     total: Total,
 ) -> tuple[Solution, int]:
-    """Scales and codes refined in turn for as long as tokens held out say that it helps, and how often it did."""
+    """The best of all rounds of refining by the error on tokens held out, and its number; 0 if none is better."""
     assert statistics.heldout is not None
-    best = heldout_error(weight, grid.dequantize(*made[:3]), statistics.heldout, total)
-    for rounds in range(_REFINEMENTS):
-        scale = refine.refit(goal, hessian, made.codes, made.scale, made.zero, scheme)
-        codes = refine.descend(goal, hessian, made.codes, scale, made.zero, scheme, order)
+    best, chosen = heldout_error(weight, grid.dequantize(*made[:3]), statistics.heldout, total), 0
+    rounds = refine.rounds(goal, hessian, *made[:3], scheme, order)
+    for number, (codes, scale) in enumerate(rounds, 1):
         error = heldout_error(weight, grid.dequantize(codes, scale, made.zero), statistics.heldout, total)
-        if not error < best:
-            return made, rounds
-        best, made = error, made._replace(codes=codes, scale=scale)
-    return made, _REFINEMENTS
+        if error < best:
+            best, chosen, made = error, number, made._replace(codes=codes, scale=scale)
+    return made, chosen
 
 
 def heldout_error(weight: Tensor, dequantized: Tensor, heldout: Statistics, total: Total = own) -> float:
