@@ -105,5 +105,5 @@ def _loops(job: Job, rows: int, columns: int, pace: Pace) -> float:
 
 
 def _refined(descend: float, products: float) -> float:
-    """All rounds: sweeps, each behind a product, and the scales of each, which take some four."""
-    return (refine.SETTLING + refine.SHAKES) * (refine.SWEEPS * (descend + products) + 4 * products)
+    """All rounds: sweeps, each behind a product, and the scales of each, which take some three."""
+    return (refine.SETTLING + refine.SHAKES) * (refine.SWEEPS * (descend + products) + 3 * products)

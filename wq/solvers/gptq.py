@@ -85,23 +85,30 @@ def _refined(
     total: Total,
 ) -> tuple[Solution, int]:
     """The best of all rounds of refining by the error on tokens held out, and its number; 0 if none is better."""
-    assert statistics.heldout is not None
-    best, chosen = heldout_error(weight, grid.dequantize(*made[:3]), statistics.heldout, total), 0
+    heldout = statistics.heldout
+    assert heldout is not None
+    pulled = None if heldout.drift is None else target.pull(weight.float(), heldout)
+    best, chosen = heldout_error(weight, grid.dequantize(*made[:3]), heldout, total, pulled), 0
     rounds = refine.rounds(goal, hessian, *made[:3], scheme, order)
     for number, (codes, scale) in enumerate(rounds, 1):
-        error = heldout_error(weight, grid.dequantize(codes, scale, made.zero), statistics.heldout, total)
+        error = heldout_error(weight, grid.dequantize(codes, scale, made.zero), heldout, total, pulled)
         if error < best:
             best, chosen, made = error, number, made._replace(codes=codes, scale=scale)
     return made, chosen
 
 
-def heldout_error(weight: Tensor, dequantized: Tensor, heldout: Statistics, total: Total = own) -> float:
-    """`E‖Ŵ x̂ − W x‖² − E‖W (x̂ − x)‖²` over held-out tokens: what quantizing costs beyond the drift of the input."""
+def heldout_error(
+    weight: Tensor, dequantized: Tensor, heldout: Statistics, total: Total = own, pulled: Tensor | None = None
+) -> float:
+    """`E‖Ŵ x̂ − W x‖² − E‖W (x̂ − x)‖²` over held-out tokens: what quantizing costs beyond the drift of the input.
+
+    pulled: `target.pull` of the weight, if it is known already.
+    """
     w, h = weight.float(), heldout.second_moment
     delta = dequantized.float() - w
     error = ((delta @ h) * delta).sum()
     if heldout.drift is not None:
-        error = error - 2 * (target.pull(w, heldout) * delta).sum()
+        error = error - 2 * ((target.pull(w, heldout) if pulled is None else pulled) * delta).sum()
     return float(total(error))
 
 

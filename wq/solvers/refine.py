@@ -69,23 +69,22 @@ def refit(
     uint8 `[out, in]`. scale, zero: `[out, groups]`.
     """
     rows, columns = weight.shape
-    groups = scale.shape[1]
+    groups, old = scale.shape[1], scale.float()
     levels = grid.grouped(codes.float(), groups) - zero.float().unsqueeze(-1)  # [out, groups, size]
-    flat = levels.reshape(rows, columns)
+    error = (levels * old.unsqueeze(-1)).reshape(rows, columns) - weight.float()
+    slope = error @ hessian
+    before = (slope * error).sum(-1)
+    gradient = (grid.grouped(slope, groups) * levels).sum(-1)
     gram = torch.cat([_gram(part, hessian) for part in levels.split(max(1, _PIECE // (groups * columns)))])
-    wanted = grid.grouped((weight.float() @ hessian) * flat, groups).sum(-1)
     ridge = 1e-6 * gram.diagonal(dim1=1, dim2=2).mean(-1).clamp_min(1e-30)
     gram.diagonal(dim1=1, dim2=2).add_(ridge.unsqueeze(-1))
-    fitted, failed = torch.linalg.solve_ex(gram, wanted)
-    old = scale.float()
-    sane = torch.isfinite(fitted) & ((fitted - old).abs() <= _LARGEST_CHANGE * old.abs())
-    fitted = grid.stored(torch.where(sane & (failed == 0).unsqueeze(-1), fitted, old), scheme)
-
-    def loss(s: Tensor) -> Tensor:
-        error = (levels * s.unsqueeze(-1)).reshape(rows, columns) - weight.float()
-        return ((error @ hessian) * error).sum(-1)
-
-    before, after = loss(old), loss(fitted)
+    change, failed = torch.linalg.solve_ex(gram, -gradient)
+    sane = torch.isfinite(change) & (change.abs() <= _LARGEST_CHANGE * old.abs()) & (failed == 0).unsqueeze(-1)
+    fitted = grid.stored(torch.where(sane, old + change, old), scheme)
+    change = fitted - old  # as it is stored
+    after = (
+        before + 2 * (gradient * change).sum(-1) + (torch.bmm(gram, change.unsqueeze(-1)).squeeze(-1) * change).sum(-1)
+    )
     better = after < before
     return torch.where(better.unsqueeze(-1), fitted, old).to(scale.dtype), torch.where(better, after, before)
 
