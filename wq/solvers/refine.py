@@ -82,9 +82,8 @@ def refit(
     sane = torch.isfinite(change) & (change.abs() <= _LARGEST_CHANGE * old.abs()) & (failed == 0).unsqueeze(-1)
     fitted = grid.stored(torch.where(sane, old + change, old), scheme)
     change = fitted - old  # as it is stored
-    after = (
-        before + 2 * (gradient * change).sum(-1) + (torch.bmm(gram, change.unsqueeze(-1)).squeeze(-1) * change).sum(-1)
-    )
+    bend = torch.bmm(gram, change.unsqueeze(-1)).squeeze(-1)
+    after = before + ((2 * gradient + bend) * change).sum(-1)
     better = after < before
     return torch.where(better.unsqueeze(-1), fitted, old).to(scale.dtype), torch.where(better, after, before)
 
