@@ -73,26 +73,16 @@ def test_in_the_end_no_single_code_can_be_better(generator: torch.Generator) -> 
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
-def test_every_round_is_at_least_as_good_for_every_row_and_the_last_beats_descent(
+def test_every_round_is_at_least_as_good_for_every_row_and_the_last_is_better(
     scheme: Scheme, generator: torch.Generator
 ) -> None:
     w, h, s = start(generator, scheme)
     order = gptq.activation_order(h.diagonal())
     made = [s, *(s._replace(codes=c, scale=k) for c, k in refine.rounds(w, h, *s[:3], scheme, order))]
-    assert len(made) == 1 + refine.SETTLING + refine.SHAKES
+    assert len(made) == 1 + refine.ROUNDS
     errors = torch.stack([losses(w, h, one) for one in made])
     assert (errors[1:] <= errors[:-1] * (1 + 1e-5)).all()
-    assert (errors[-1] < errors[refine.SETTLING]).double().mean() > 0.3  # of rows: out of where descent ended
-    settled = s
-    for _ in range(refine.SETTLING + refine.SHAKES):  # as many sweeps, and not shaken
-        settled = settled._replace(scale=refine.refit(w, h, *settled[:3], scheme)[0])
-        for _ in range(refine.SWEEPS):
-            settled = settled._replace(codes=refine.descend(w, h, *settled[:3], scheme, order))
-    assert errors[-1].sum() < losses(w, h, settled).sum()
-    last = made[-1]
-    assert last.scale.dtype is torch.float16
-    assert last.codes.dtype is torch.uint8
-    assert int(last.codes.max()) < scheme.levels
+    assert errors[-1].sum() < 0.99 * errors[1].sum()
 
 
 def test_a_row_is_refined_alike_alone_and_among_others_and_again(generator: torch.Generator) -> None:
@@ -111,19 +101,6 @@ def test_a_row_is_refined_alike_alone_and_among_others_and_again(generator: torc
     few = last(slice(8, 16))
     same = (few.codes == whole.codes[8:16]).all(1)  # all but a tie that another order of sums may break
     assert same.double().mean() >= 0.8
-
-
-def test_what_is_shaken_is_few_columns_by_one_step_within_the_grid(generator: torch.Generator) -> None:
-    scheme = Scheme(2, 16)
-    codes = torch.randint(0, 4, (50, 300), generator=generator).to(torch.uint8)
-    shaken = refine._shaken(codes, scheme, generator)
-    moved = shaken.int() - codes.int()
-    assert int((moved != 0).any(0).sum()) == 3
-    assert int(moved.abs().max()) == 1
-    assert int(shaken.max()) <= 3
-    assert ((moved == 0) | (moved != 0).any(0)).all()
-    edge = codes[:, (moved != 0).any(0)]
-    assert ((moved[:, (moved != 0).any(0)] == 0) <= ((edge == 0) | (edge == 3))).all()  # only the grid's ends stay
 
 
 def test_a_scale_that_its_codes_say_nothing_of_stays(generator: torch.Generator) -> None:

@@ -100,10 +100,5 @@ def _loops(job: Job, rows: int, columns: int, pace: Pace) -> float:
     if job.solver is not solvers.get("gptq"):
         return weights * pace.search if job.samples else 0.0
     searched = 0.0 if "search" in job.without else weights * pace.search
-    refined = 0.0 if "refine" in job.without else _refined(weights * pace.descend, products)
+    refined = 0.0 if "refine" in job.without else refine.ROUNDS * (weights * pace.descend + 4 * products)
     return searched + weights * pace.sweep + products + refined
-
-
-def _refined(descend: float, products: float) -> float:
-    """All rounds: sweeps, each behind a product, and the scales of each, which take some three."""
-    return (refine.SETTLING + refine.SHAKES) * (refine.SWEEPS * (descend + products) + 3 * products)
