@@ -117,7 +117,7 @@ def test_dequantize_gives_an_ordinary_dense_model(packed: Callable[..., Path], t
 
 STOCK = """
 import sys, torch
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32)
 with torch.no_grad():
     torch.save(model(input_ids=torch.arange(2, 50).reshape(2, 24)).logits, sys.argv[2])
