@@ -79,7 +79,9 @@ def test_what_is_said_counts_more(tiny_model: TinyModel, tmp_path: Path) -> None
 def test_what_no_one_knows_is_refused(tiny_model: TinyModel, tmp_path: Path) -> None:
     with pytest.raises(UnknownNameError, match="preset 'fastest' is unknown; wq has fast, balanced, best"):
         run(tiny_model(), tmp_path / "out", preset="fastest")
-    with pytest.raises(UnknownNameError, match="gptq has no step 'luck' to leave out; it has order, refine"):
+    with pytest.raises(
+        UnknownNameError, match="gptq has no step 'luck' to leave out; it has importance, order, refine"
+    ):
         run(tiny_model(), tmp_path / "out", without=["luck"])
     with pytest.raises(UnknownNameError, match="rtn has no step 'order'"):
         run(tiny_model(), tmp_path / "out", method="rtn", without=["order"])

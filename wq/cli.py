@@ -200,6 +200,7 @@ def quantize(
             on_block=update and partial(_block, update),
             on_sample=update and (lambda done, total: update(done, total, "", "sampled token")),
             on_step=update and partial(_step, update),
+            on_part=update and (lambda done, total: update(done, total, "", "weighed window")),
         )
     if not ranks.is_first:
         return

@@ -7,6 +7,7 @@ import os
 import resource
 import sys
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -55,6 +56,22 @@ def keep_memory_tight() -> None:
     if mallopt is not None:  # glibc only
         mallopt(_M_MMAP_THRESHOLD, 1 << 20)
         mallopt(_M_TRIM_THRESHOLD, 1 << 20)
+
+
+@contextmanager
+def memory_at_hand() -> Iterator[None]:
+    """With freed tensors kept for the next ones, up to 32 MB each: where many small ones come and go, as in a backward
+    pass, asking the system for the pages of each takes longer than computing it. Memory is kept tight afterwards.
+    """
+    mallopt = getattr(_LIBC, "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, 32 << 20)
+        mallopt(_M_TRIM_THRESHOLD, 64 << 20)
+    try:
+        yield
+    finally:
+        keep_memory_tight()
+        release_memory()
 
 
 def release_memory() -> None:

@@ -69,7 +69,9 @@ def plan(
         made = make_plan(source, fmt, wished, group_size is None, keep, dtype)
         room = None if goal is None else mixing.room(source, fmt, made, goal)
         runs = torch.float32 if place.type == "cpu" else source.dtype
-        job = Job(source, solver, fmt, made, place, runs, without=omitted, rates=wanted.blocks)
+        job = Job(
+            source, solver, fmt, made, place, runs, without=omitted, importance=wanted.importance, rates=wanted.blocks
+        )
         if solver.NEEDS_STATISTICS or room is not None:
             quantizer.check_can_calibrate(source, made, wanted.seqlen)
             widths = () if room is None else room.goal.widths

@@ -180,3 +180,14 @@ def test_of_a_repo_the_weights_are_not_fetched(tiny_model: TinyModel, tmp_path: 
     assert said["layers"] == here["layers"]
     assert said["checkpoint_bytes"] == here["checkpoint_bytes"]
     assert not list((tmp_path / "home").rglob("*.safetensors"))
+
+
+def test_finding_what_tokens_count_is_estimated_too(tiny_model: TinyModel) -> None:
+    with job(tiny_model(), samples=32) as plain, job(tiny_model(), samples=32, importance=True) as weighed:
+        one, other = estimate.estimate(plain, 4), estimate.estimate(weighed, 4)
+        layers = sum(len(block.layers) for _, blocks in weighed.plan.towers for block in blocks)
+    assert other.journal - one.journal == 4 * layers * 32 * weighed.seqlen
+    extra = [moment for moment in other.moments if moment.name.startswith("what tokens count")]
+    assert sum(moment.times for moment in extra) == len(weighed.plan.towers[0][1]) + 1
+    assert sum(moment.work.flops for moment in extra) > 0
+    assert all(moment.bytes > 0 for moment in extra)

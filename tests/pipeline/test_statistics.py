@@ -62,7 +62,7 @@ def test_pairs_are_the_sums_that_they_say(name: str, tiny_model: TinyModel) -> N
         for b in (block, dense)
     ]
     taps[1].whole = True
-    known = collect_pairs(*taps, [5, 5], Ranks())
+    (known,) = collect_pairs(*taps, [5, 5], Ranks())
     reads = [[tap.read(batch) for batch in range(2)] for tap in taps]
     x, r = (torch.cat([one[i] for one in reads[1]]) if reads[1][0][i] is not None else None for i in (0, 1))
     q, s = (torch.cat([one[i] for one in reads[0]]) if reads[0][0][i] is not None else None for i in (0, 1))
@@ -107,6 +107,6 @@ def test_every_architecture_has_pairs(architecture: str, tiny_model: TinyModel) 
     twin = copy.deepcopy(blocks[0])
     for name in (group[0] for group in traced.groups):
         one, two = (Tap(b.get_submodule(name), None, partial(captured.run, b, 0)) for b in (blocks[0], twin))
-        drift = collect_pairs(one, two, [5, 5], Ranks()).drift
+        drift = collect_pairs(one, two, [5, 5], Ranks())[0].drift
         assert drift is not None
         assert float(drift.abs().max()) == 0  # nothing is quantized yet

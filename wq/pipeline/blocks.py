@@ -103,12 +103,15 @@ def finish(
     root: nn.Module, blocks: nn.ModuleList, inputs: Iterable[dict[str, Any]], captured: Captured
 ) -> list[Tensor]:
     """What the root makes of the current hidden states, as if its last block had returned them; one for each input."""
-    results = []
-    for batch, call in enumerate(inputs):
-        ready = captured.returned(batch, captured.hidden[batch])
-        with _replaced(blocks, lambda index, original, ready=ready: lambda *args, **kwargs: ready):  # type: ignore[misc]
-            results.append(root(**call)[0])
-    return results
+    ready = (captured.returned(batch, hidden) for batch, hidden in enumerate(captured.hidden))
+    return [predict(root, blocks, call, one) for call, one in zip(inputs, ready, strict=True)]
+
+
+def predict(root: nn.Module, blocks: nn.ModuleList, call: dict[str, Any], ready: Any) -> Tensor:
+    """What the root makes of what its last block returns, `ready`; with gradients, where they are enabled."""
+    with _replaced(blocks, lambda index, original: lambda *args, **kwargs: ready):
+        made: Tensor = root(**call)[0]
+    return made
 
 
 @contextmanager

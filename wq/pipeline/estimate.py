@@ -26,7 +26,7 @@ from wq.checkpoint import header_bytes
 from wq.errors import BudgetError, ModelError, first_line
 from wq.machine import rss_bytes
 from wq.pipeline import blocks as decoder
-from wq.pipeline import calibration, sampling, sensitivity
+from wq.pipeline import calibration, importance, sampling, sensitivity
 from wq.pipeline.flow import batch_sizes, root_inputs
 from wq.pipeline.learning import BlockRates
 from wq.pipeline.plan import Block, Plan
@@ -47,9 +47,10 @@ _PIECE = 1 << 24  # bytes in which a tensor is copied that stays as it is
 class Job:
     """A run, as far as it can be known.
 
-    solver, fmt, plan: as in `wq.pipeline.quantizer`. device: where blocks run; dtype: in what. samples, seqlen: of the
-    calibration that the solver sees, or 0. without: steps that are left out. text: the calibration's, None if there is
-    none or it is given. widths: to choose from, if that is asked for. rates: of learning rounding block by block.
+    solver, fmt, plan: as in `wq.pipeline.quantizer`. device: where blocks run; dtype: in what. samples, seqlen: of
+    the calibration that the solver sees, or 0. without: steps that are left out. importance: whether tokens count
+    apart. text: the calibration's, None if there is none or it is given. widths: to choose from, if that is asked
+    for. rates: of learning rounding block by block.
     """
 
     source: Source
@@ -61,9 +62,16 @@ class Job:
     samples: int = 0
     seqlen: int = 0
     without: frozenset[str] = frozenset()
+    importance: bool = False
     text: str | None = None
     widths: tuple[int, ...] = ()
     rates: BlockRates | None = None
+
+    @property
+    def weighs(self) -> bool:
+        """Whether it is found first what each token counts."""
+        wanted = bool(self.samples) and len(self.plan.towers) == 1
+        return wanted and importance.wanted(self.solver, self.importance, self.without)
 
     @property
     def paired(self) -> bool:
@@ -322,6 +330,8 @@ class _Walk:
                 captured = self.last
                 dense = replace(captured, hidden=[h.clone() for h in captured.hidden]) if self.job.paired else None
                 self.meter.take()
+            if captured is not None and self.job.weighs:
+                yield from self._weighed(tower, blocks, captured)
             for index, times in _kinds(blocks):
                 yield self._block(blocks[index], index, captured, dense, times)
             if captured is not None and tower is not towers[-1][0]:
@@ -334,6 +344,36 @@ class _Walk:
         around, block = _around(tower), _parameters(first.module)
         held = {"embeddings": _bytes(self.job, around), "a block": _bytes(self.job, block)}
         return Moment(f"the way to {first.path}", held, (peak, self.meter.live, _reading(self.job, "")), work)
+
+    def _weighed(self, tower: Tower, blocks: list[Block], captured: decoder.Captured) -> Iterator[Moment]:
+        """Finding what each token counts: a pass through each kind of block, and back; and the prediction."""
+        job, size = self.job, captured.hidden[0][0].nbytes
+        held = size * importance.held_dtype(job.dtype).itemsize // job.dtype.itemsize
+        windows = min(job.samples, importance.windows_at_once(job.source, len(blocks), job.seqlen, job.dtype))
+        between = {"hidden states before all blocks": windows * held * len(blocks)}
+        # The first batch has one window, as all have on a CPU.
+        batches = range(1 if job.device.type == "cpu" else len(captured.hidden))
+        often = sum(map(len, captured.hidden)) / sum(len(captured.hidden[batch]) for batch in batches)
+        for index, times in _kinds(blocks):
+            block, total, peaks = blocks[index], Work(), [_reading(job, blocks[index].path)]
+            for batch in batches:
+                run = partial(_once, captured, block.module, index, batch)
+                before = self.meter.live
+                run(captured.hidden[batch])
+                importance.through(block, run, captured.hidden[batch], captured.hidden[batch])
+                peak, work = self.meter.take()
+                peaks.append(peak - before)
+                total = total.plus(work, often)
+            own = {"a block": _bytes(job, _parameters(block.module)), "gradients behind a block": windows * size}
+            yield Moment(f"what tokens count in {block.path}", between | own, (max(peaks),), total, times)
+        inside = {id(parameter) for parameter in tower.blocks.parameters()}
+        around = [one for one in job.source.model.parameters() if id(one) not in inside]
+        vocabulary = getattr(job.source.config.get_text_config(), "vocab_size", 0)
+        logits = {
+            "logits": 4 * _LOGITS * min(importance.LOGITS, job.seqlen * vocabulary),
+            "embeddings, head": _bytes(job, around),
+        }
+        yield Moment("what tokens count in the prediction", between | logits)
 
     def _block(
         self, block: Block, index: int, captured: decoder.Captured | None, dense: decoder.Captured | None, times: int
@@ -361,6 +401,7 @@ class _Walk:
             dense=None if dense is None or original is None else (original, partial(dense.run, original, index)),
             without=self.job.without,
             rates=self.job.rates,
+            importance={} if captured is None or not self.job.weighs else self._counts(block, captured),
         )
         stages.run()
         if captured is not None:
@@ -371,6 +412,10 @@ class _Walk:
         peaks = (*(peak - held - copied for peak, _ in steps), _reading(self.job, block.path))
         own = {"a block": _bytes(self.job, _parameters(module)), "its dense copy": copied, "hidden states": held}
         return Moment(block.path, own, peaks, sum((work for _, work in steps), Work()), times, tuple(solves))
+
+    def _counts(self, block: Block, captured: decoder.Captured) -> dict[str, Tensor]:
+        counts = torch.zeros(sum(map(len, captured.hidden)), self.job.seqlen, device="meta")
+        return {layer.path: counts for layer in block.layers.values()}
 
 
 @dataclass
@@ -387,6 +432,13 @@ class _Steps(Stages):
     def _learn(self, records: list[dict[str, Any]]) -> None:
         super()._learn(records)
         self.done()
+
+
+def _once(captured: decoder.Captured, block: nn.Module, index: int, batch: int, hidden: Tensor) -> Tensor:
+    """What a block makes of other hidden states than those of a batch."""
+    others = list(captured.hidden)
+    others[batch] = hidden
+    return replace(captured, hidden=others).run(block, index, batch)
 
 
 class _Nowhere:
@@ -436,7 +488,8 @@ def _reading(job: Job, prefix: str) -> int:
 
 def journal_bytes(job: Job) -> int:
     """Bytes on disk of what is noted to go on from: a note takes the place of another that is removed only then."""
-    return 2 * _stream(job)
+    layers = sum(len(block.layers) for _, blocks in job.plan.towers for block in blocks)
+    return 2 * _stream(job) + (4 * layers * job.samples * job.seqlen if job.weighs else 0)
 
 
 def _stream(job: Job) -> int:

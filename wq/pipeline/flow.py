@@ -124,7 +124,7 @@ class Flow:
         self.sizes = self.sizes or batch_sizes(len(self.tokens), rows or windows_at_once(tokens.shape[1]))
         self.quantized = decoder.Captured([], [], [])
         self.dense: decoder.Captured | None = None
-        self.attempt(self._capture)
+        self.attempt(self.capture)
 
     @property
     def streams(self) -> Streams:
@@ -135,7 +135,7 @@ class Flow:
     def go_on(self, streams: Streams) -> None:
         """Take up hidden states where a run before has left them, in its batches."""
         self.sizes = [len(batch) for batch in streams["hidden"]]
-        self.attempt(self._capture)
+        self.attempt(self.capture)
         self._put(streams["hidden"], streams.get("dense"))
 
     def advance(
@@ -170,7 +170,7 @@ class Flow:
         dense = None if self.dense is None else self.dense.hidden
         while self._step():
             try:
-                self._capture()
+                self.capture()
             except (RuntimeError, MemoryError) as error:
                 if not out_of_memory(error):
                     raise
@@ -215,8 +215,8 @@ class Flow:
             start = seen
         return found
 
-    def _capture(self) -> None:
-        """How the root calls its blocks, and the hidden states in front of block 0."""
+    def capture(self) -> None:
+        """Begin at the front: how the root calls its blocks, and the hidden states in front of block 0."""
         encoded, dense = self.encoded.get("encoded", []), self.encoded.get("dense encoded", [])
         self.source.unload(self.tower.blocks)
         self.source.load((f"{self.tower.blocks_path}.0",), self.device, self.dtype)

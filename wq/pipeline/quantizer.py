@@ -1,6 +1,7 @@
 """The loop: one block at a time, and in it one stage at a time, so that memory does not grow with the model.
 
-For each block of the decoder (in an encoder-decoder model: of the encoder, then of the decoder):
+First, if the solver asks for it, find what each token counts for each layer (`importance`). Then, for each block of the
+decoder (in an encoder-decoder model: of the encoder, then of the decoder):
 
     load it ─► group its layers by shared input ─► for each group, in the order the block runs them:
         collect E[x xᵀ] from the hidden states, up to this group (its predecessors are quantized by now)
@@ -38,6 +39,7 @@ from wq.journal import Journal
 from wq.machine import default_device, keep_memory_tight, peak_rss_bytes, release_memory
 from wq.pipeline import calibration as calibration_text
 from wq.pipeline import estimate, mixing, sampling
+from wq.pipeline import importance as weighing
 from wq.pipeline.flow import Flow, NotFiniteError, patiently, windows_at_once
 from wq.pipeline.learning import BlockRates
 from wq.pipeline.plan import Block, Plan, assigned, make_plan, mix
@@ -52,7 +54,8 @@ from wq.structure.towers import Tower
 _MOST_LEFT_OUT = 0.1  # of the calibration windows
 
 # The pipeline's own: a layer learns behind those that are quantized before it, and not from the dense model's pass.
-STEPS = ("sequence",)
+# Tokens count by what the model's prediction owes to them.
+STEPS = ("importance", "sequence")
 
 BlockCallback = Callable[[dict[str, Any]], None]
 Finish = Callable[[Path, Tensor | None, Journal], dict[str, Any]]
@@ -82,6 +85,7 @@ def quantize(
     target_size: int | str | None = None,
     mix: Iterable[int] | None = None,
     without: Iterable[str] = (),
+    importance: bool = False,
     reserve: int = 0,
     rates: BlockRates | None = None,
     max_memory: int | str | None = None,
@@ -89,25 +93,28 @@ def quantize(
     on_block: BlockCallback | None = None,
     on_sample: sampling.SampleCallback | None = None,
     on_mix: mixing.OnStep | None = None,
+    on_part: weighing.OnPart | None = None,
     finish: Finish | None = None,
 ) -> dict[str, Any]:
     """Quantize a dense model into a checkpoint folder that transformers and vLLM load, and return its report.
 
     model: a repo id, a local folder or a GGUF file. output: the folder to make; it appears only when complete.
     method: a name in `wq.solvers.SOLVERS`. bits: 2, 3, 4 or 8; 4 unless said otherwise. group_size: None takes the
-    largest of 128, 64 and 32 that divides every layer; -1 is one scale for each output row. symmetric: no stored zero
-    points. format: a name in `wq.formats.FORMATS`. calibration: see `wq.pipeline.calibration.load`; or `self`, which
-    the model writes, whole in memory for that; methods that need none read none. keep: regular expressions; layers
-    whose name one of them matches stay dense. dtype: of scales and dense tensors; None keeps the model's own (float32
-    is stored as float16). device: where blocks run; None is the first GPU, or the CPU. target_bpw, target_size, mix:
-    instead of bits; `wq.pipeline.mixing.parse`. restart: forget what an unfinished run to this folder has done, and do
-    not go on from there. without: steps of the method, or in `STEPS`, that are left out. reserve: how many of the
-    windows the solver does not see. max_memory: bytes, or text such as `12GB`, that a process may take on its device;
-    fewer windows run at once for it, as `wq.pipeline.estimate` says. ranks: the processes that share the run, each of
-    which calls this; `wq.pipeline.ranks`. on_block: called with a dict after each block. on_sample: called with the
-    tokens that the model has written, and how many it will. on_mix: called with what is done and to do while widths are
-    chosen. finish: called with the folder when all but the report is in it, with the windows in reserve and a journal;
-    what it returns goes into the report.
+    largest of 128, 64 and 32 that divides every layer; -1 is one scale for each output row. symmetric: no stored
+    zero points. format: a name in `wq.formats.FORMATS`. calibration: see `wq.pipeline.calibration.load`; or `self`,
+    which the model writes, whole in memory for that; methods that need none read none. keep: regular expressions;
+    layers whose name one of them matches stay dense. dtype: of scales and dense tensors; None keeps the model's own
+    (float32 is stored as float16). device: where blocks run; None is the first GPU, or the CPU. target_bpw,
+    target_size, mix: instead of bits; `wq.pipeline.mixing.parse`. restart: forget what an unfinished run to this
+    folder has done, and do not go on from there. without: steps of the method, or in `STEPS`, that are left out.
+    importance: whether tokens count by what the model's prediction depends on, `wq.pipeline.importance`. reserve:
+    how many of the windows the solver does not see. max_memory: bytes, or text such as `12GB`, that a process may
+    take on its device; fewer windows run at once for it, as `wq.pipeline.estimate` says. ranks: the processes that
+    share the run, each of which calls this; `wq.pipeline.ranks`. on_block: called with a dict after each block.
+    on_sample: called with the tokens that the model has written, and how many it will. on_mix: called with what is
+    done and to do while widths are chosen. on_part: called with the windows in which it is known what tokens count,
+    and all. finish: called with the folder when all but the report is in it, with the windows in reserve and a
+    journal; what it returns goes into the report.
 
     Raises a WqError, before any heavy work, for everything that can be known to fail.
     """
@@ -121,10 +128,12 @@ def quantize(
             plan = make_plan(source, fmt, scheme, group_size is None, keep, dtype)
             room = None if goal is None else mixing.room(source, fmt, plan, goal)
             where = torch.device(device or default_device())
-            job = _Job(source, solver, fmt, plan, where, seed, omitted, place, ranks, rates)
+            weighs = weighing.wanted(solver, importance, omitted)
+            job = _Job(source, solver, fmt, plan, where, seed, omitted, weighs, place, ranks, rates, on_part)
             asked = {"method": method, "format": format, "samples": samples, "seqlen": seqlen, "reserve": reserve}
             same = {
                 **asked,
+                "importance": weighs,
                 "rates": None if rates is None else vars(rates),
                 "goal": None if goal is None else goal.to_dict(),
                 "processes": ranks.count,
@@ -228,15 +237,19 @@ class _Job:
     device: torch.device
     seed: int
     without: frozenset[str]
+    weighs: bool
     place: Workplace
     ranks: Ranks
     rates: BlockRates | None
+    on_part: weighing.OnPart | None = None
     identity: dict[str, Any] = field(default_factory=dict)  # what tells it from other runs
     progress: Progress = field(default_factory=Progress)
     changed: set[str] = field(default_factory=set)  # dense parameters that folding altered
     choice: dict[str, Any] | None = None  # of widths
     before: float = 0.0  # seconds that other runs have spent
     rows: int | None = None  # windows at once, if there is not memory for as many as are fast
+    importance: dict[str, Tensor] = field(default_factory=dict)  # of tokens, by layer
+    alike: str = ""  # why all tokens count alike, if they should not
 
     @property
     def journal(self) -> Journal:
@@ -259,6 +272,7 @@ class _Job:
             samples=samples,
             seqlen=seqlen,
             without=self.without,
+            importance=self.weighs,
             text=text,
             widths=widths,
             rates=self.rates if self.ranks.alone else None,
@@ -420,6 +434,9 @@ class _Job:
 
     def run(self, writer: ShardWriter, tokens: Tensor | None, on_block: BlockCallback | None) -> None:
         """Quantize every block from where the progress is, and write everything."""
+        self.importance, self.alike = {}, ""
+        if tokens is not None and self.weighs:
+            self._weigh(tokens)
         left = self.progress.blocks  # of those that a run before has done
         if left and on_block is not None:
             on_block({"block": left, "blocks": self._count, "layers": [], "seconds": 0.0, "resumed": True})
@@ -428,6 +445,21 @@ class _Job:
                 self._tower(writer, tower, blocks, left, tokens, on_block)
             left = max(0, left - len(blocks))
         self._write_dense(writer, "", excluding=tuple(f"{tower.blocks_path}." for tower, _ in self.plan.towers))
+
+    def _weigh(self, tokens: Tensor) -> None:
+        """Find what each token counts for each layer, or take what a run before has noted."""
+        name = f"importance-{self.ranks.rank}"
+        mine = {"job": self.identity, "left_out": self.progress.left_out}
+        note = self.journal.read(name)
+        known = note is not None and note.value["of"] == mine
+        if not all(self.ranks.gather(known)):
+            where = (self.device, self.compute_dtype, self.ranks, self.seed, self.rows, self.on_part)
+            found, reason = weighing.of_model(self.source, self.plan.towers, tokens, *where)
+            self.journal.write(name, {"of": mine, "reason": reason}, found)
+            self.place.keep = True
+            note = self.journal.read(name)
+        assert note is not None
+        self.importance, self.alike = note.tensors, note.value["reason"]
 
     @property
     def _count(self) -> int:
@@ -527,6 +559,11 @@ class _Job:
             without=self.without,
             rates=self.rates,
             changed=self.changed,
+            importance={
+                layer.path: self.importance[layer.path].to(device)
+                for layer in block.layers.values()
+                if layer.path in self.importance
+            },
         )
         records = stages.run()
         if flow is not None and not last:
@@ -582,6 +619,7 @@ def _report(
         "source_bytes": sum(entry.bytes for entry in source.entries.values()),
         "without": sorted(job.without),
         "fallbacks": fallbacks,
+        "importance": _importance(job) if job.weighs else None,
         "learning": None if job.rates is None else _learning(layers, job.ranks),
         "layers": layers,
         "seconds": round(job.before + time.perf_counter() - started, 1),
@@ -591,6 +629,11 @@ def _report(
         "command": _command(),
         "versions": _versions() | {"python": platform.python_version()},
     }
+
+
+def _importance(job: _Job) -> dict[str, Any]:
+    """For how many layers tokens counted apart, and why for none, if so."""
+    return {"layers": len(job.importance)} | ({"reason": job.alike} if job.alike else {})
 
 
 def _learning(layers: list[dict[str, Any]], ranks: Ranks) -> dict[str, Any]:

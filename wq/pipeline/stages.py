@@ -44,7 +44,8 @@ class Stages:
     schemes: of layers and parameters of experts, by path; layers that read one input have the same one, and so have all
     experts. without: steps that are left out. ranks: the processes that have windows; first: the number of the first
     window here. changed: dense parameters that folding altered, by path. known: statistics that were collected ahead.
-    rates: of learning rounding together, behind the solver, where there is a dense block to learn from.
+    rates: of learning rounding together, behind the solver, where there is a dense block to learn from. importance:
+    what each token counts for a layer, `[windows, tokens]`, by the layer's path, where that is known.
     outputs: what the block made of its input before it was quantized, if all its layers learn from that pass; then the
     next block learns from it, too. dense_outputs: what the dense block made of the dense model's, if it ran to the end.
     """
@@ -67,6 +68,7 @@ class Stages:
     outputs: list[Tensor] = field(default_factory=list)
     dense_outputs: list[Tensor] = field(default_factory=list)
     rates: BlockRates | None = None
+    importance: Mapping[str, Tensor] = field(default_factory=dict)
     solved: dict[str, Solution] = field(default_factory=dict)
     traced: decoder.Traced = field(default_factory=lambda: decoder.Traced([], {}, {}))
 
@@ -82,9 +84,7 @@ class Stages:
             if hasattr(self.solver, "input_scales"):
                 self._fold([group for group in traced.groups if is_linear(left[group[0]])], left, traced.producers)
             if "sequence" in self.without:
-                names = [group[0] for group in traced.groups if is_linear(left[group[0]])]
-                found = collect([left[name] for name in names], self._forward, self.windows, self.ranks, self.outputs)
-                self.known = dict(zip(names, found, strict=True))
+                self._collect([group for group in traced.groups if is_linear(left[group[0]])])
             for group in traced.groups:
                 records += self._stage({name: left.pop(name) for name in group})
         for name, reader in left.items():  # no data asked for, or a layer that calibration never reached
@@ -151,9 +151,32 @@ class Stages:
         return all(self.source.on_disk(f"{path}.{leaf}") is not None for leaf, _ in parameters)
 
     def _solve(self, members: dict[str, nn.Module]) -> list[dict[str, Any]]:
-        """One solver call for layers that read the same input; their rows are independent."""
-        first = next(iter(members.values()))
-        statistics = self._statistics(next(iter(members)), first)
+        """Layers that read the same input: one solver call for those to which its tokens count alike."""
+        parts = self._alike(list(members))
+        known = self._statistics(next(iter(members)), [part[0] for part in parts])
+        found: dict[str, dict[str, Any]] = {}
+        for part, statistics in zip(parts, known, strict=True):
+            found |= zip(part, self._solved_alike({name: members[name] for name in part}, statistics), strict=True)
+        return [found[name] for name in members]
+
+    def _collect(self, groups: list[list[str]]) -> None:
+        """What is known of every layer's input, from one pass."""
+        names = [part[0] for group in groups for part in self._alike(group)]
+        readers, counts = [self.block.module.get_submodule(name) for name in names], [self._counts(n) for n in names]
+        found = collect(readers, self._forward, self.windows, self.ranks, self.outputs, counts)
+        self.known = dict(zip(names, found, strict=True))
+
+    def _alike(self, names: list[str]) -> list[list[str]]:
+        """Layers that read one input, apart where its tokens count differently for each."""
+        apart = [[name] for name in names if self._counts(name) is not None]
+        alike = [name for name in names if self._counts(name) is None]
+        return [*apart, alike] if alike else apart
+
+    def _counts(self, name: str) -> Tensor | None:
+        return self.importance.get(self.block.layers[name].path)
+
+    def _solved_alike(self, members: dict[str, nn.Module], statistics: Statistics) -> list[dict[str, Any]]:
+        """One solver call; rows are independent."""
         weight = torch.cat([matrix(linear).float() for linear in members.values()])
         solution, restored = self._together(weight, statistics, self._scheme(next(iter(members))))
         records, start = [], 0
@@ -166,18 +189,19 @@ class Stages:
             start = rows.stop
         return records
 
-    def _statistics(self, name: str, reader: nn.Module) -> Statistics:
-        if name in self.known:
-            return self.known[name]
+    def _statistics(self, name: str, names: list[str]) -> list[Statistics]:
+        """Of what a layer reads, and others with it, as its tokens count for each of `names`."""
+        if self.known:
+            return [self.known[one] for one in names]
         if not getattr(self.solver, "NEEDS_PAIRS", False):
-            (found,) = collect([reader], self._forward, self.windows, self.ranks)
-            return found
+            return collect([self.block.module.get_submodule(name)], self._forward, self.windows, self.ranks)
         quantized = self._tap(name, self.block.module, self._forward)
         dense = None if self.dense is None else self._tap(name, *self.dense)
         if dense is not None:  # the last pass over the dense block moves its stream on, too
             dense.whole = name == self.traced.groups[-1][0]
             self.dense_outputs = dense.outputs
-        return collect_pairs(quantized, dense, self.windows, self.ranks, self.first)
+        counts = [self._counts(one) for one in names]
+        return collect_pairs(quantized, dense, self.windows, self.ranks, self.first, counts)
 
     def _tap(self, name: str, block: nn.Module, run: Callable[[int], Tensor]) -> Tap:
         source = self.traced.residuals.get(name)

@@ -27,21 +27,28 @@ Run = Callable[[int], Any]
 
 @torch.no_grad()
 def collect(
-    readers: list[nn.Module], run: Run, windows: Sequence[int], ranks: Ranks, outputs: list[Tensor] | None = None
+    readers: list[nn.Module],
+    run: Run,
+    windows: Sequence[int],
+    ranks: Ranks,
+    outputs: list[Tensor] | None = None,
+    importance: Sequence[Tensor | None] | None = None,
 ) -> list[Statistics]:
     """Statistics of each reader's input over all batches, of all processes.
 
     windows: how many each batch has. outputs: takes what the passes return, if that is wanted; else a pass stops once
-    the last reader has its input.
+    the last reader has its input. importance: what each token counts for each reader, as in `collect_pairs`.
     """
     sums = [SecondMoment(*_place(reader)) for reader in readers]
-    by_reader = {id(reader): total for reader, total in zip(readers, sums, strict=True)}
-    left = batch = 0
+    counted = importance or [None] * len(readers)
+    by_reader = {id(r): (total, counts) for r, total, counts in zip(readers, sums, counted, strict=True)}
+    left = batch = seen = 0
 
     def enter(module: nn.Module, args: tuple[Any, ...]) -> None:
         nonlocal left
-        for window in _windows(args[0], windows[batch]):
-            by_reader[id(module)].add(window)
+        total, counts = by_reader[id(module)]
+        for number, window in enumerate(_windows(args[0], windows[batch]), seen):
+            total.add(window, counts=None if counts is None else counts[number])
         left -= 1
         if not left and outputs is None:
             raise Stop
@@ -55,6 +62,7 @@ def collect(
                 made = run(batch)
                 if outputs is not None:
                     outputs.append(made)
+            seen += windows[batch]
     return [total.over(ranks).result() for total in sums]
 
 
@@ -101,26 +109,38 @@ class Tap:
 
 @torch.no_grad()
 def collect_pairs(
-    quantized: Tap, dense: Tap | None, windows: Sequence[int], ranks: Ranks, first: int = 0
-) -> Statistics:
+    quantized: Tap,
+    dense: Tap | None,
+    windows: Sequence[int],
+    ranks: Ranks,
+    first: int = 0,
+    importance: Sequence[Tensor | None] = (None,),
+) -> list[Statistics]:
     """Statistics of a layer's input in the model quantized so far, and of its drift from the dense model's if given.
 
     windows: how many each batch has; first: the number of the first of them, where other processes have those before.
-    Every eighth window is held out, to decide on.
+    importance: what each token counts, `[windows, tokens]`, or None for all alike; there are statistics for each of
+    them. Every eighth window is held out, to decide on.
     """
-    sums = SecondMoment(*_place(quantized.reader)), SecondMoment(*_place(quantized.reader))
-    seen = first
+    place = _place(quantized.reader)
+    sums = [(SecondMoment(*place), SecondMoment(*place)) for _ in importance]
+    seen = 0
     for batch, count in enumerate(windows):
         x, r = (None, None) if dense is None else dense.read(batch)
         q, s = quantized.read(batch)
         drift = None if r is None or s is None else r - s
         parts = [[None] * count if t is None else _windows(t, count) for t in (q, x, drift)]
-        for number, window in enumerate(zip(*parts, strict=True), seen):
-            sums[number % HELD_OUT == HELD_OUT - 1].add(*window)
+        for number, (given, beside, offset) in enumerate(zip(*parts, strict=True), seen):
+            decides = (first + number) % HELD_OUT == HELD_OUT - 1
+            for totals, counts in zip(sums, importance, strict=True):
+                totals[decides].add(given, beside, offset, None if counts is None else counts[number])
         seen += count
     rows = len(matrix(quantized.reader)) if quantized.residual is not None else 0
-    fitted, decisive = (total.over(ranks, dense is not None, rows).result() for total in sums)
-    return replace(fitted, heldout=decisive if decisive.tokens else None)
+    found = []
+    for totals in sums:
+        fitted, decisive = (total.over(ranks, dense is not None, rows).result() for total in totals)
+        found.append(replace(fitted, heldout=decisive if decisive.tokens else None))
+    return found
 
 
 def _windows(tokens: Tensor, count: int) -> Tensor:
@@ -129,17 +149,27 @@ def _windows(tokens: Tensor, count: int) -> Tensor:
 
 
 class SecondMoment:
-    """Sums x̂ x̂ᵀ over tokens, and where they are given (x − x̂) x̂ᵀ and (r − r̂) x̂ᵀ, in float32."""
+    """Sums x̂ x̂ᵀ over tokens, and where they are given (x − x̂) x̂ᵀ and (r − r̂) x̂ᵀ, in float32.
+
+    mass: of all tokens, each of which counts 1 if not said otherwise.
+    """
 
     def __init__(self, size: int, device: torch.device):
         self.tokens = 0
+        self.mass = torch.zeros((), dtype=torch.float64)
         self.dropped = 0
         self.total = torch.zeros(size, size, dtype=torch.float32, device=device)
         self.drift: Tensor | None = None
         self.residual: Tensor | None = None
 
-    def add(self, quantized: Tensor, x: Tensor | None = None, residual: Tensor | None = None) -> None:
-        """Add some tokens, `[..., size]`. residual: `[..., out_features]`, a difference already."""
+    def add(
+        self,
+        quantized: Tensor,
+        x: Tensor | None = None,
+        residual: Tensor | None = None,
+        counts: Tensor | None = None,
+    ) -> None:
+        """Add some tokens, `[..., size]`. residual: `[..., out_features]`, a difference already. counts: of each."""
         rows = quantized.reshape(-1, quantized.shape[-1]).float()
         drift = None if x is None else x.reshape(rows.shape).float() - rows
         offset = None if residual is None else residual.reshape(len(rows), residual.shape[-1]).float()
@@ -148,9 +178,17 @@ class SecondMoment:
         if not finite.all():
             self.dropped += int((~finite).sum())
             rows = rows[finite]
-            drift, offset = (None if part is None else part[finite] for part in (drift, offset))
+            drift, offset, counts = (None if part is None else part[finite] for part in (drift, offset, counts))
         self.tokens += len(rows)
-        self.total.addmm_(rows.t(), rows)
+        if counts is None:
+            self.mass += len(rows)
+            self.total.addmm_(rows.t(), rows)
+        else:
+            if not counts.is_meta:
+                self.mass += counts.sum().double().cpu()
+            root = rows * counts.sqrt().unsqueeze(-1)  # so that the sum is symmetric to the last bit
+            self.total.addmm_(root.t(), root)
+            rows = rows * counts.unsqueeze(-1)
         if drift is not None:
             self.drift = self._plus(self.drift, drift, rows)
         if offset is not None:
@@ -167,6 +205,7 @@ class SecondMoment:
             self.residual = self.total.new_zeros(rows, size)
         counts = ranks.sum(torch.tensor([self.tokens, self.dropped], device=self.total.device))
         self.tokens, self.dropped = counts.tolist()
+        self.mass = ranks.sum(self.mass.to(self.total.device)).cpu()
         for part in (self.total, self.drift, self.residual):
             if part is not None:
                 ranks.sum(part)
@@ -180,7 +219,7 @@ class SecondMoment:
 
     def result(self) -> Statistics:
         """Their mean."""
-        count = max(self.tokens, 1)
+        count = 1.0 if self.total.is_meta or self.mass <= 0 else float(self.mass)
         drift = None if self.drift is None else self.drift / count
         residual = None if self.residual is None else self.residual / count
         return Statistics(self.total / count, self.tokens, drift, residual, dropped=self.dropped)
