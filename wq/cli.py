@@ -216,6 +216,8 @@ def quantize(
     if record is not None and record["left_out"]:
         short = f"! {len(record['left_out'])} calibration windows left out, where values are not finite: "
         _err.print(short + ", ".join(map(str, record["left_out"])), style="yellow", markup=False)
+    if "reason" in (made.get("importance") or {}):
+        _err.print(f"! tokens count alike: {made['importance']['reason']}", style="yellow", markup=False)
     if "reason" in (made["learning"] or {}):
         _err.print(f"! blocks have not learned: {made['learning']['reason']}", style="yellow", markup=False)
     if "reason" in made.get("distillation", {}):

@@ -173,6 +173,11 @@ def _method(report: dict[str, Any]) -> str:
         words.append(f"preset {report['preset']}")
     if report.get("without"):
         words.append(f"without {', '.join(report['without'])}")
+    importance = report.get("importance")
+    if importance and "reason" in importance:
+        words.append(f"tokens count alike: {importance['reason']}")
+    elif importance:
+        words.append(f"tokens count by what the prediction owes to them in {importance['layers']} layers")
     learning = report.get("learning")
     if learning and "reason" in learning:
         words.append(f"blocks have not learned: {learning['reason']}")

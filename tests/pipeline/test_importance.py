@@ -136,6 +136,7 @@ def test_a_model_without_gradients_counts_all_tokens_alike(tmp_path, monkeypatch
     made = quantizer.quantize(folder, tmp_path / "q", **options)
     assert made["importance"] == {"layers": 0, "reason": "derivative for aten::something is not implemented"}
     assert without["importance"] is None
+    assert "tokens count alike: derivative" in (tmp_path / "q" / "README.md").read_text()
     names = ["model.safetensors"]
     assert all((tmp_path / "q" / n).read_bytes() == (tmp_path / "without" / n).read_bytes() for n in names)
 
