@@ -78,6 +78,15 @@ def test_several_processes_make_what_one_makes(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "out"]
 
 
+def test_several_processes_find_what_tokens_count(tiny_model: TinyModel, tmp_path: Path) -> None:
+    model = tiny_model()
+    one = quantize(model, tmp_path / "one", preset="fast", **OPTIONS)
+    ended = finish(start(2, model, tmp_path / "out", "--preset", "fast", "--json"))
+    assert [code for code, _, _ in ended] == [0, 0], ended[0][2]
+    assert json.loads(ended[0][1])["importance"] == one["importance"] == {"layers": len(one["layers"])}
+    assert abs(kl(tmp_path / "out", model) - kl(tmp_path / "one", model)) < 1e-4
+
+
 def test_a_killed_process_ends_all_and_the_same_command_goes_on(tiny_model: TinyModel, tmp_path: Path) -> None:
     model = tiny_model("llama", num_hidden_layers=16)
     whole = finish(start(2, model, tmp_path / "whole"))
