@@ -50,7 +50,7 @@ class Preset:
 PRESETS = {
     # Where each layer learns behind the quantized ones and makes up for their errors, importance gains next to nothing
     # (SmolLM2-135M, balanced, 4 bits: KL 0.080 to 0.082 on WikiText-2, 0.117 to 0.113 on code, 0.070 to 0.066 on web
-    # text) and takes a quarter more time.
+    # text) for 2.6 s a window, two cores.
     "fast": Preset(16, without=("refine", "sequence", "target"), importance=True),
     "balanced": Preset(128),
     "best": Preset(

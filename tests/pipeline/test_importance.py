@@ -15,8 +15,8 @@ from wq.pipeline.flow import NotFiniteError
 from wq.pipeline.plan import make_plan
 from wq.pipeline.ranks import Ranks
 from wq.pipeline.source import open_source
+from wq.pipeline.statistics import Tap, collect_pairs
 from wq.scheme import Scheme
-from wq.solvers import Statistics
 
 CPU = torch.device("cpu")
 
@@ -75,15 +75,24 @@ def test_is_the_square_of_the_whole_models_gradient(tmp_path, architecture, exac
         assert float(counts.mean()) == pytest.approx(1, abs=1e-4)
 
 
-def test_is_the_same_in_other_batches_and_parts(tmp_path, monkeypatch, exact):
+@pytest.mark.parametrize("change", [{"CACHED_TOKENS": 16}, {"CACHED_TOKENS": 48}, {"LOGITS": 1}, {"HELD_BYTES": 1}])
+def test_is_the_same_in_other_batches_and_parts(tmp_path, monkeypatch, exact, change):
+    """One window in a batch, or three; one token's logits; one window in a part."""
     folder = tiny_models.make(tmp_path / "m", "llama")
-    tokens = torch.randint(5, 60, (7, 16))
+    tokens, sizes = torch.randint(5, 60, (7, 16)), []
     whole = measured(folder, tokens)
-    monkeypatch.setattr(importance, "windows_at_once", lambda *args: 1)
-    monkeypatch.setattr(importance, "LOGITS", 1)  # and one token's logits
-    for rows in (1, 3):
-        for path, counts in measured(folder, tokens, rows).items():
-            torch.testing.assert_close(counts, whole[path], rtol=1e-3, atol=1e-5)
+    monkeypatch.setattr(importance, "HELD_SHARE", 1 << 40)
+    for name, value in change.items():
+        monkeypatch.setattr(importance, name, value)
+    run = importance._Part.run
+    monkeypatch.setattr(importance._Part, "run", lambda self: sizes.append(self.flow.sizes) or run(self))
+    for path, counts in measured(folder, tokens).items():
+        torch.testing.assert_close(counts, whole[path], rtol=1e-3, atol=1e-5)
+    batches = {16: [[1] * 7], 48: [[1, 3, 3]]}.get(change.get("CACHED_TOKENS"), [[1, 6]])
+    assert sizes == ([[1]] * 7 if "HELD_BYTES" in change else batches)
+    sizes.clear()
+    measured(folder, tokens, rows=2)  # what there is memory for
+    assert all(size <= 2 for part in sizes for size in part)
 
 
 def test_another_seed_draws_other_tokens(tmp_path):
@@ -141,6 +150,54 @@ def test_a_model_without_gradients_counts_all_tokens_alike(tmp_path, monkeypatch
     assert all((tmp_path / "q" / n).read_bytes() == (tmp_path / "without" / n).read_bytes() for n in names)
 
 
+def test_a_row_of_encoders_and_one_of_decoders_counts_all_tokens_alike(tmp_path):
+    made = quantizer.quantize(
+        tiny_models.make(tmp_path / "m", "t5"),
+        tmp_path / "q",
+        group_size=32,
+        calibration=["some words to learn from " * 400],
+        samples=16,
+        seqlen=16,
+        importance=True,
+    )
+    assert made["importance"] == {"layers": 0, "reason": "the model has more than one row of blocks"}
+
+
+def test_what_predicts_no_token_at_every_place_is_not_known(tmp_path, monkeypatch):
+    folder = tiny_models.make(tmp_path / "m", "llama")
+    predict = importance.decoder.predict
+    monkeypatch.setattr(importance.decoder, "predict", lambda *args: predict(*args)[:, -1])  # as a classifier
+    with pytest.raises(importance.UnknownImportanceError, match="does not predict a token at every place"):
+        measured(folder, torch.randint(5, 60, (2, 16)))
+
+
+def test_windows_that_are_not_finite_are_left_out_and_the_others_weighed(tmp_path, monkeypatch):
+    folder = tiny_models.make(tmp_path / "m", "llama")
+    measure, seen = importance.measure, []
+
+    def spoiled(source, tower, blocks, windows, *where):
+        seen.append(len(windows))
+        if len(windows) == 24:
+            raise NotFiniteError([3])
+        return measure(source, tower, blocks, windows, *where)
+
+    monkeypatch.setattr(importance, "measure", spoiled)
+    options = {"group_size": 32, "calibration": ["some words to learn from " * 400], "samples": 24, "seqlen": 16}
+    made = quantizer.quantize(folder, tmp_path / "q", importance=True, **options)
+    assert seen == [24, 23]
+    assert made["calibration"]["left_out"] == [3]
+    assert made["importance"] == {"layers": len(made["layers"])}
+
+
+def test_layers_of_a_mixture_are_weighed_and_its_experts_solved(tmp_path):
+    options = {"group_size": 32, "calibration": ["some words to learn from " * 400], "samples": 16, "seqlen": 16}
+    folder = tiny_models.make(tmp_path / "m", "mixtral")
+    made = quantizer.quantize(folder, tmp_path / "q", importance=True, **options)
+    attention = [layer for layer in made["layers"] if "self_attn" in layer["layer"]]
+    assert made["importance"] == {"layers": len(attention)}
+    assert len(attention) < len(made["layers"])
+
+
 def test_tokens_are_drawn_as_often_as_they_are_likely():
     wanted = torch.tensor([0.0, 0.5, 0.2, 0.3, 0.0])
     drawn = importance.draw(wanted.repeat(20_000, 1), torch.Generator().manual_seed(0))
@@ -150,16 +207,12 @@ def test_tokens_are_drawn_as_often_as_they_are_likely():
 
 def test_statistics_are_weighted_sums():
     """Each window's tokens by what they count, the drift too, against float64."""
-    from wq.pipeline.ranks import Ranks
-    from wq.pipeline.statistics import Tap, collect_pairs
-
     layer = torch.nn.Linear(8, 4, bias=False)
     q, x = torch.randn(16, 5, 8), torch.randn(16, 5, 8)
     counts = torch.rand(16, 5) * 3
     batches = lambda t: lambda number: layer(t[number * 8 : number * 8 + 8])  # noqa: E731
     taps = Tap(layer, None, batches(q)), Tap(layer, None, batches(x))
     weighed, plain = collect_pairs(*taps, [8, 8], Ranks(), 0, [counts, None])
-    assert isinstance(weighed, Statistics)
     for found, weight in ((weighed, counts), (plain, torch.ones(16, 5))):
         for part, chosen in ((found, torch.arange(16) % 8 != 7), (found.heldout, torch.arange(16) % 8 == 7)):
             w = weight[chosen].double().reshape(-1, 1)

@@ -98,7 +98,8 @@ def measure(
     spoiled: set[int] = set()
     reason, done = "", 0
     if device.type == "cpu":  # its caches hold what goes to and fro for few
-        rows = max(1, CACHED_TOKENS // tokens.shape[1])
+        few = max(1, CACHED_TOKENS // tokens.shape[1])
+        rows = few if rows is None else min(rows, few)
     for part in mine.split(windows_at_once(source, len(blocks), tokens.shape[1], dtype)):
         flow = Flow(source, tower, part, device, dtype, False, {}, Ranks(), rows)
         run = _Part(source, tower, blocks, flow, dtype, seed + share.start + done)
